@@ -1,0 +1,9 @@
+"""moekern: kernels for Mixture-of-Experts and Multi-head-Latent-Attention models."""
+
+from __future__ import annotations
+
+from moekern import ops
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "ops"]

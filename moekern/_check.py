@@ -1,0 +1,32 @@
+"""Argument checks: they raise, naming the op, the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def expect(condition: bool, op: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def expect_dtype(op: str, name: str, value: Tensor, expected: str, condition: bool) -> None:
+    if not condition:
+        raise TypeError(f"{op}: {name} must be {expected}; got {value.dtype}")
+
+
+def expect_shape(
+    op: str, name: str, value: Tensor, letters: str, shape: Sequence[int | None], like: Tensor | None = None
+) -> None:
+    """Rank, sizes (None: any) and, given `like`, device. `letters` is the shape in the op's own legend."""
+    fits = value.dim() == len(shape) and all(
+        want is None or got == want for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("*" if n is None else str(n) for n in shape)
+        known = f" = [{sizes}]" if any(n is not None for n in shape) else ""
+        raise ValueError(f"{op}: {name} must be {letters}{known}; got {list(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}; got {value.device}")
