@@ -20,7 +20,9 @@ from moekern._op import _LIBRARY
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 REBUILD = "rebuild it with `pip install --no-build-isolation .` (or `make build` in a checkout)"
 
-_SCHEMAS: dict[str, str] = {}  # leaf name -> comma-separated argument types, as C++ spells them in csrc/common/leaf.h
+_SCHEMAS: dict[
+    str, str
+] = {}  # leaf name -> comma-separated argument types, as C++ spells them in csrc/common/leaf.h
 
 
 def leaf(schema: str) -> Callable[..., None]:
@@ -79,6 +81,10 @@ def reason_without(name: str) -> str | None:
     """Why a leaf cannot be called here, or None."""
     leaves, reason = load()
     if reason is None and name not in leaves:
-        what = "CUDA code was not built (no nvcc found, or MOEKERN_CUDA=OFF)" if name.endswith("_cuda") else "not built"
+        what = (
+            "CUDA code was not built (no nvcc found, or MOEKERN_CUDA=OFF)"
+            if name.endswith("_cuda")
+            else "not built"
+        )
         reason = f"{name}: {what}; {REBUILD}"
     return reason

@@ -124,18 +124,26 @@ def check_gating(
            f"group_score must be one of {', '.join(ref.GROUP_SCORES)}; got {group_score!r}")  # fmt: skip
     expect(num_groups >= 1 and num_experts % num_groups == 0, op,
            f"num_groups must divide E = {num_experts}; got {num_groups}")  # fmt: skip
-    expect(1 <= topk_groups <= num_groups, op, f"topk_groups must be in 1..num_groups = {num_groups}; got {topk_groups}")
+    expect(
+        1 <= topk_groups <= num_groups,
+        op,
+        f"topk_groups must be in 1..num_groups = {num_groups}; got {topk_groups}",
+    )
     eligible = num_experts // num_groups * topk_groups
     expect(top_k <= eligible or preselected is not None, op,
            f"top_k must not exceed the {eligible} experts of topk_groups groups; got {top_k}")  # fmt: skip
-    expect(norm_eps >= 0 and norm_min >= 0, op, f"norm_eps and norm_min must be >= 0; got {norm_eps}, {norm_min}")
+    expect(
+        norm_eps >= 0 and norm_min >= 0, op, f"norm_eps and norm_min must be >= 0; got {norm_eps}, {norm_min}"
+    )
     for name, value in (("bias", bias), ("expert_scale", expert_scale)):
         if value is not None:
             expect_shape(op, name, value, "[E]", (num_experts,), like=logits)
             expect_dtype(op, name, value, "floating", value.dtype.is_floating_point)
     if preselected is not None:
         expect_shape(op, "preselected", preselected, "[T, K]", (num_tokens, top_k), like=logits)
-        expect_dtype(op, "preselected", preselected, "int32 or int64", preselected.dtype in (torch.int32, torch.int64))
+        expect_dtype(
+            op, "preselected", preselected, "int32 or int64", preselected.dtype in (torch.int32, torch.int64)
+        )
     if ids_dtype not in (None, torch.int32, torch.int64):
         raise TypeError(f"{op}: ids_dtype must be torch.int32 or torch.int64; got {ids_dtype}")
 

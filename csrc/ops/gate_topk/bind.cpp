@@ -1,0 +1,50 @@
+#include "common/leaf.h"
+#include "ops/gate_topk/params.h"
+
+namespace moekern {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+GateTopkParams to_params(const Tensor& logits, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& expert_scale, const std::optional<Tensor>& preselected,
+                         int64_t scoring, int64_t num_groups, int64_t topk_groups, bool top2,
+                         bool renormalize, double norm_eps, double norm_min, double scale,
+                         const Tensor& weights, const Tensor& ids) {
+  GateTopkParams p{};
+  p.gating.bias = data_or_null<float>(bias);
+  p.gating.expert_scale = data_or_null<float>(expert_scale);
+  p.gating.scoring = static_cast<Scoring>(scoring);
+  p.gating.num_experts = static_cast<int>(logits.size(1));
+  p.gating.top_k = static_cast<int>(weights.size(1));
+  p.gating.num_groups = static_cast<int>(num_groups);
+  p.gating.topk_groups = static_cast<int>(topk_groups);
+  p.gating.top2 = top2;
+  p.gating.renormalize = renormalize;
+  p.gating.norm_eps = static_cast<float>(norm_eps);
+  p.gating.norm_min = static_cast<float>(norm_min);
+  p.gating.scale = static_cast<float>(scale);
+  p.logits = logits.const_data_ptr();
+  p.preselected = data_or_null<void>(preselected);
+  p.weights = static_cast<float*>(weights.mutable_data_ptr());
+  p.ids = ids.mutable_data_ptr();
+  p.dtype = dtype_of(logits, "logits");
+  p.int64_ids = ids.scalar_type() == ScalarType::Long;
+  p.num_tokens = logits.size(0);
+  p.logits_stride = logits.stride(0);
+  return p;
+}
+
+void gate_topk_cpu_leaf(const Tensor& logits, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& expert_scale, const std::optional<Tensor>& preselected,
+                        int64_t scoring, int64_t num_groups, int64_t topk_groups, bool top2, bool renormalize,
+                        double norm_eps, double norm_min, double scale, const Tensor& weights,
+                        const Tensor& ids) {
+  gate_topk_cpu(to_params(logits, bias, expert_scale, preselected, scoring, num_groups, topk_groups, top2,
+                          renormalize, norm_eps, norm_min, scale, weights, ids));
+}
+
+}  // namespace
+}  // namespace moekern
+
+STABLE_TORCH_LIBRARY_IMPL(moekern, CPU, m) { MOEKERN_LEAF(m, _gate_topk_cpu, moekern::gate_topk_cpu_leaf); }
