@@ -33,6 +33,12 @@ def torch_dir() -> Path | None:
     return next((p for p in places if (p / "include/torch/csrc/stable/library.h").exists()), None)
 
 
+def pybind11_include(torch: Path) -> Path:
+    """pybind11's headers; torch ships a copy, which serves where the package is not installed."""
+    spec = importlib.util.find_spec("pybind11")
+    return Path(spec.origin).parent / "include" if spec and spec.origin else torch / "include"
+
+
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
 
@@ -62,14 +68,11 @@ class BuildNative(build_ext):
             f"-DMOEKERN_TORCH_DIR={torch}", f"-DMOEKERN_OUTPUT_DIR={out}",
             f"-DMOEKERN_CUDA={os.environ.get('MOEKERN_CUDA', 'AUTO')}",
             f"-DMOEKERN_CUDA_ARCHS={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DMOEKERN_PYBIND11_INCLUDE={pybind11_include(torch)}",
         ]  # fmt: skip
-        if importlib.util.find_spec("pybind11"):
-            import pybind11
-
-            configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        ninja = shutil.which("ninja")
+        if ninja:  # named each time: an isolated build's ninja is gone by the next build
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         out.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)

@@ -226,13 +226,14 @@ def _case(num_tokens: int, num_experts: int, top_k: int, *, bias: bool = False, 
     return make
 
 
+# fmt: off
 CASES = (
     Case("softmax_v2_lite", _case(37, 64, 6), bench="DeepSeek-V2-Lite decode"),
     Case("softmax_groups_max_v2", _case(19, 160, 6, num_groups=8, topk_groups=3, scale=16.0)),
     Case("softmax_renorm_qwen3", _case(23, 128, 8, renormalize=True)),
     Case("sigmoid_groups_top2_v3", _case(17, 256, 8, scoring="sigmoid", bias=True, num_groups=8, topk_groups=4,
                                          group_score="top2", renormalize=True, norm_eps=1e-20, scale=2.5),
-         bench="DeepSeek-V3 decode"),  # fmt: skip
+         bench="DeepSeek-V3 decode"),
     Case("sigmoid_bias_vl2", _case(29, 72, 6, scoring="sigmoid", bias=True, renormalize=True, norm_eps=1e-20, scale=2.0)),
     Case("softmax_topk_gpt_oss", _case(31, 32, 4, scoring="softmax_topk")),
     Case("softmax_topk_bias", _case(31, 40, 4, scoring="softmax_topk", bias=True)),
@@ -251,7 +252,8 @@ CASES = (
     Case("one_token", _case(1, 64, 6)),
     Case("wide_1024", _case(3, 1024, 32)),
     Case("prefill_4096", _case(4096, 64, 6), small=False, bench="DeepSeek-V2-Lite prefill"),
-)  # fmt: skip
+)
+# fmt: on
 
 SPEC = OpSpec(
     name="gate_topk",
