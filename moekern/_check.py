@@ -30,3 +30,11 @@ def expect_shape(
         raise ValueError(f"{op}: {name} must be {letters}{known}; got {list(value.shape)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}; got {value.device}")
+
+
+def expect_rows(op: str, name: str, value: Tensor) -> None:
+    """The last dimension is contiguous; the others may have any stride."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: the last dimension of {name} must be contiguous; got strides {value.stride()}"
+        )
