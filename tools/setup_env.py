@@ -29,7 +29,9 @@ def missing() -> list[str]:
     """What this machine lacks, each with the command that installs it on Debian and Ubuntu."""
     found = []
     if sys.version_info < (3, 10):  # noqa: UP036  an older python3 may well run this file
-        found.append(f"Python 3.10 or newer (this is {platform.python_version()}): make PYTHON=python3.12 ...")
+        found.append(
+            f"Python 3.10 or newer (this is {platform.python_version()}): make PYTHON=python3.12 ..."
+        )
     for module in ("venv", "ensurepip"):
         try:
             __import__(module)
@@ -49,7 +51,15 @@ def stamp_of(arguments: argparse.Namespace) -> str:
 
 
 def pip(*arguments: str) -> None:
-    command = [str(VENV / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", "-q", *arguments]
+    command = [
+        str(VENV / "bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "-q",
+        *arguments,
+    ]
     print("  pip install", *arguments, flush=True)
     subprocess.run(command, check=True)
 
