@@ -26,7 +26,7 @@ def never(**_: Any) -> None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: `unavailable` looks it up at each call
 class Backend:
     """One implementation of an op.
 
