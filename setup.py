@@ -92,4 +92,5 @@ class BuildNative(build_ext):
         return []
 
 
-setup(ext_modules=[Extension("moekern._C", sources=[])], cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("moekern._C", sources=[])], cmdclass={"build_ext": BuildNative})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from moekern import ops
+from moekern.ops import backends
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops"]
+__all__ = ["__version__", "backends", "ops"]

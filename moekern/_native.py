@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,20 @@ def leaves_of(path: Path) -> dict[str, str]:
     return dict(line.split("|", 1) for line in signatures().decode().splitlines())
 
 
+def build_note() -> dict[str, Any]:
+    """What setup.py wrote down of the build: "built", "reason" and, from CMake, compilers and architectures."""
+    path = LIBRARY_PATH.with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {"built": False, "reason": None}
+
+
 @functools.cache
 def load() -> tuple[frozenset[str], str | None]:
     """Loads the library once: (names of the leaves that it has, why it cannot be used or None)."""
     import moekern.ops  # noqa: F401  every op declares its leaves before the library is compared with them
 
     if not LIBRARY_PATH.exists():
-        return frozenset(), f"the native library was not built; {REBUILD}"
+        reason = build_note()["reason"]
+        return frozenset(), f"the native library was not built{f' ({reason})' if reason else ''}; {REBUILD}"
     try:
         library = leaves_of(LIBRARY_PATH)
     except OSError as error:
