@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect, expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.gate_topk import ref
@@ -185,6 +185,28 @@ def _run_cpu(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_
     return weights, ids
 
 
+def _run_triton(logits: Tensor, top_k: int, ids_dtype: torch.dtype | None, bias: Tensor | None,
+                expert_scale: Tensor | None, preselected: Tensor | None,
+                **gating: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from moekern.ops.gate_topk import triton  # importing Triton takes 0.1 s, so it waits for the first call
+
+    weights, ids = _fake(logits, top_k, ids_dtype)
+    if logits.shape[0] > 0:
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        bias, expert_scale, preselected = (
+            None if v is None else v.detach().contiguous() for v in (bias, expert_scale, preselected)
+        )
+        triton.run(
+            weights, ids, logits, bias=bias, expert_scale=expert_scale, preselected=preselected, **gating
+        )
+    return weights, ids
+
+
+def _supports_triton(logits: Tensor, **_: Any) -> str | None:
+    return _triton.refuses(logits) or (None if logits.dtype in SPEC.dtypes else f"dtype {logits.dtype}")
+
+
 def _supports_cpu(logits: Tensor, **_: Any) -> str | None:
     if logits.device.type != "cpu":
         return f"logits are on {logits.device}"
@@ -264,6 +286,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.gate_topk),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_gate_topk_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=("fp32", "ids"),
