@@ -1,0 +1,81 @@
+"""What the three tables share: the capability checks that decide whether a module can be patched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moekern import _op, ops
+
+Row = TypeVar("Row")
+
+# The attribute that marks a patched module and holds what `unpatch` puts back.
+STATE = "_moekern"
+
+
+@dataclass
+class Saved:
+    """What a patched module was before.
+
+    kind: "experts", "router" or "mla". replaced: attributes to put back. added: attributes to remove.
+    A class of this package, so that unpickling a patched model imports moekern and with it the registered names.
+    """
+
+    kind: str
+    replaced: dict[str, Any]
+    added: tuple[str, ...] = ()
+
+
+def saved_of(module: nn.Module) -> Saved | None:
+    """The undo record of a patched module, None for an unpatched one."""
+    return module.__dict__.get(STATE)
+
+
+def row_of(table: Mapping[str, Row], module: nn.Module) -> Row | None:
+    """The row of the module's class or of the nearest base class (parametrised modules are subclasses)."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in table:
+            return table[cls.__name__]
+    return None
+
+
+def attribute(module: Any, path: str) -> Any:
+    """module.a.b for the path "a.b"."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def reason_against_weights(module: nn.Module, weights: Mapping[str, Any]) -> str | None:
+    """Why a kernel cannot read these weights of the module (missing, on meta, quantized, moved by a hook), or None."""
+    for owner in module.modules():
+        if hasattr(owner, "_hf_hook"):
+            return "an accelerate hook moves its weights"
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            return f"{name} is not a tensor"
+        if type(weight) not in (Tensor, nn.Parameter, nn.Buffer):
+            return f"{name} is a {type(weight).__name__}"
+        if weight.device.type == "meta":
+            return f"{name} is on meta"
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} is quantized ({str(weight.dtype).removeprefix('torch.')})"
+    return None
+
+
+def reason_without_kernel(op: str, device: torch.device) -> str | None:
+    """Why an op has nothing faster than its reference on this device, or None. MOEKERN_BACKEND overrules it."""
+    if os.environ.get("MOEKERN_BACKEND"):
+        return None
+    available = _op.backends_of(ops.SPECS[op])
+    candidates = [name for name in _op.default_order(device.type) if name != "ref"]
+    if any(available[name] is None for name in candidates):
+        return None
+    return (
+        f"no {device.type} kernel for {op} yet" if device.type != "cpu" else f"no kernel: {available['cpu']}"
+    )
