@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench cpu` (moekern against transformers' own backends) and `python -m bench ops`."""

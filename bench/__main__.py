@@ -1,0 +1,46 @@
+"""`python -m bench cpu|ops`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run_ops(options: argparse.Namespace) -> int:
+    import pytest
+
+    selection = ["-k", options.only] if options.only else []
+    saved = ["--benchmark-json", str(options.json)] if options.json else []
+    return int(pytest.main([str(Path(__file__).with_name("bench_ops.py")), "-q", *selection, *saved]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a benchmark; returns its exit status."""
+    from bench import cpu
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of moekern.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    whole = commands.add_parser("cpu", help="moekern against transformers' own backends on this CPU")
+    cpu.add_arguments(whole)
+    whole.set_defaults(run=cpu.run)
+    single = commands.add_parser("ops", help="every op and backend by itself (pytest-benchmark)")
+    single.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write pytest-benchmark's JSON to FILE"
+    )
+    single.add_argument("--only", metavar="TEXT", help="only the cases whose id contains TEXT")
+    single.set_defaults(run=run_ops)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
