@@ -14,7 +14,7 @@ from torch import Tensor
 from moekern import _op
 from moekern._check import expect, expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, OpSpec
-from moekern.ops.mla_decode import ref
+from moekern.ops.mla_decode import cpu, ref
 from moekern.ops.mla_decode.cases import CASES
 
 MAX_QUERIES = (
@@ -203,7 +203,10 @@ SPEC = OpSpec(
     ref=ref.mla_decode,
     fake=fake,
     model=ref.model,
-    backends={"ref": Backend(ref.mla_decode)},
+    backends={
+        "ref": Backend(ref.mla_decode),
+        "cpu": Backend(cpu.run, cpu.unavailable, cpu.supports),
+    },
     cases=CASES,
     outputs=("model", "model"),
     flops=_flops,

@@ -113,7 +113,7 @@ CASES = (
     Case("axk2_rank_128", make_case([45], 32, rank=128, rope=32, nope=64, value=64)),
     Case("no_rope", make_case([40, 7], 4, **{**TINY, "rope": 0})),
     Case("odd_widths", make_case([37, 5], 3, rank=40, rope=6, nope=10, value=14)),
-    Case("one_head", make_case([33], 1, **TINY)),
+    Case("one_head", make_case([33, 20, 51, 9, 64, 40], 1, **TINY)),
     Case("heads_63", make_case([20], 63, **TINY)),
     Case("heads_128", make_case([40], 128, **TINY)),
     Case("no_cache", make_case(0, 4, **TINY)),

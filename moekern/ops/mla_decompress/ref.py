@@ -22,7 +22,7 @@ def mla_decompress(
     kv = kv.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, S, N + V]
     k_nope, v = kv[..., :nope_dim], kv[..., nope_dim:]
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, num_heads, -1, -1)), dim=-1)
-    return k, F.pad(v, (0, max(v_width - v.shape[-1], 0)))
+    return k, F.pad(v, (0, max(v_width - v.shape[-1], 0))).contiguous()
 
 
 def model(
