@@ -85,14 +85,22 @@ def load() -> tuple[frozenset[str], str | None]:
     return frozenset(library), None
 
 
+@functools.cache
+def no_gpu() -> str | None:
+    """Why no CUDA leaf can run here although it was built, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if not ctypes.CDLL(str(LIBRARY_PATH)).moekern_cuda_streams():
+        return "torch's CUDA streams were not found by the native library; rebuild it against this torch"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"compute capability {major}.{minor}; 8.0 (Ampere) is the oldest that runs"
+
+
 def reason_without(name: str) -> str | None:
     """Why a leaf cannot be called here, or None."""
     leaves, reason = load()
+    cuda = name.endswith("_cuda")
     if reason is None and name not in leaves:
-        what = (
-            "CUDA code was not built (no nvcc found, or MOEKERN_CUDA=OFF)"
-            if name.endswith("_cuda")
-            else "not built"
-        )
+        what = f"CUDA code was not built ({build_note().get('cuda', 'no nvcc')})" if cuda else "not built"
         reason = f"{name}: {what}; {REBUILD}"
-    return reason
+    return reason or (no_gpu() if cuda else None)

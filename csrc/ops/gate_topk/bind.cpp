@@ -1,5 +1,8 @@
 #include "common/leaf.h"
 #include "ops/gate_topk/params.h"
+#ifdef MOEKERN_HAVE_CUDA
+#include "common/torch_cuda.h"
+#endif
 
 namespace moekern {
 namespace {
@@ -44,7 +47,25 @@ void gate_topk_cpu_leaf(const Tensor& logits, const std::optional<Tensor>& bias,
                           renormalize, norm_eps, norm_min, scale, weights, ids));
 }
 
+#ifdef MOEKERN_HAVE_CUDA
+void gate_topk_cuda_leaf(const Tensor& logits, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& expert_scale, const std::optional<Tensor>& preselected,
+                         int64_t scoring, int64_t num_groups, int64_t topk_groups, bool top2,
+                         bool renormalize, double norm_eps, double norm_min, double scale,
+                         const Tensor& weights, const Tensor& ids) {
+  const CudaScope scope(logits);
+  gate_topk_cuda(to_params(logits, bias, expert_scale, preselected, scoring, num_groups, topk_groups, top2,
+                           renormalize, norm_eps, norm_min, scale, weights, ids),
+                 scope.target());
+}
+#endif
+
 }  // namespace
 }  // namespace moekern
 
 STABLE_TORCH_LIBRARY_IMPL(moekern, CPU, m) { MOEKERN_LEAF(m, _gate_topk_cpu, moekern::gate_topk_cpu_leaf); }
+#ifdef MOEKERN_HAVE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(moekern, CUDA, m) {
+  MOEKERN_LEAF(m, _gate_topk_cuda, moekern::gate_topk_cuda_leaf);
+}
+#endif

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_target.h"
 #include "common/isa.h"
 #include "common/scalar.h"
 
@@ -11,6 +12,7 @@ namespace moekern {
 
 constexpr int kMaxTopK = 64;
 constexpr int kMaxExperts = 4096;
+constexpr int kMaxCudaExperts = 1024;  // 32 registers a lane; Triton spreads longer rows over warps
 
 // In the order of SCORINGS in moekern/ops/gate_topk/ref.py.
 enum class Scoring : int32_t { kSoftmax, kSigmoid, kSqrtSoftplus, kSoftmaxTopk, kSigmoidTopk };
@@ -43,5 +45,6 @@ struct GateTopkParams {
 };
 
 MOEKERN_CPU_KERNEL(gate_topk, GateTopkParams)
+void gate_topk_cuda(const GateTopkParams& p, const CudaTarget& target);
 
 }  // namespace moekern

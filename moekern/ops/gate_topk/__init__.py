@@ -5,6 +5,7 @@ T tokens, E experts, K selected experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moekern.ops.gate_topk import ref
 
 MAX_TOP_K = 64  # selected ids and weights are held in registers or on the stack by every kernel
 MAX_EXPERTS = 4096
+MAX_CUDA_EXPERTS = 1024  # of the CUDA C++ kernel: one warp holds a row in registers
 
 SCHEMA = (
     "(Tensor logits, int top_k, *, str scoring='softmax', Tensor? bias=None, int num_groups=1, int topk_groups=1, "
@@ -160,29 +162,47 @@ def _fake(logits: Tensor, top_k: int, ids_dtype: torch.dtype | None, **_: Any) -
     return logits.new_empty(shape, dtype=compute), logits.new_empty(shape, dtype=ids_dtype or torch.int64)
 
 
-_cpu_leaf = _native.leaf(
-    "_gate_topk_cpu(Tensor logits, Tensor? bias, Tensor? expert_scale, Tensor? preselected, int scoring, "
-    "int num_groups, int topk_groups, bool top2, bool renormalize, float norm_eps, float norm_min, float scale, "
-    "Tensor(a!) weights, Tensor(b!) ids) -> ()"
+_ARGUMENTS = (
+    "(Tensor logits, Tensor? bias, Tensor? expert_scale, Tensor? preselected, int scoring, int num_groups, "
+    "int topk_groups, bool top2, bool renormalize, float norm_eps, float norm_min, float scale, Tensor(a!) weights, "
+    "Tensor(b!) ids) -> ()"
 )
+_cpu_leaf = _native.leaf(f"_gate_topk_cpu{_ARGUMENTS}")
+_cuda_leaf = _native.leaf(f"_gate_topk_cuda{_ARGUMENTS}")
 
 
 def _fp32(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().to(torch.float32).contiguous()
 
 
-def _run_cpu(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_groups: int, topk_groups: int,
-             group_score: str, renormalize: bool, norm_eps: float, norm_min: float, scale: float,
-             expert_scale: Tensor | None, preselected: Tensor | None,
-             ids_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _run_native(leaf: Callable[..., None], logits: Tensor, top_k: int, scoring: str, bias: Tensor | None,
+                num_groups: int, topk_groups: int, group_score: str, renormalize: bool, norm_eps: float,
+                norm_min: float, scale: float, expert_scale: Tensor | None, preselected: Tensor | None,
+                ids_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     weights, ids = _fake(logits, top_k, ids_dtype)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     if preselected is not None:
         preselected = preselected.to(ids.dtype).contiguous()
-    _cpu_leaf(logits, _fp32(bias), _fp32(expert_scale), preselected, ref.SCORINGS.index(scoring), num_groups,
-              topk_groups, group_score == "top2", renormalize, norm_eps, norm_min, scale, weights, ids)  # fmt: skip
+    leaf(logits, _fp32(bias), _fp32(expert_scale), preselected, ref.SCORINGS.index(scoring), num_groups, topk_groups,
+         group_score == "top2", renormalize, norm_eps, norm_min, scale, weights, ids)  # fmt: skip
     return weights, ids
+
+
+def _run_cpu(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return _run_native(_cpu_leaf, **arguments)
+
+
+def _run_cuda(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return _run_native(_cuda_leaf, **arguments)
+
+
+def _supports_cuda(logits: Tensor, **_: Any) -> str | None:
+    if logits.device.type != "cuda":
+        return f"logits are on {logits.device}"
+    if logits.shape[1] > MAX_CUDA_EXPERTS:
+        return f"E = {logits.shape[1]} exceeds {MAX_CUDA_EXPERTS}"
+    return None if logits.dtype in SPEC.dtypes else f"dtype {logits.dtype}"
 
 
 def _run_triton(logits: Tensor, top_k: int, ids_dtype: torch.dtype | None, bias: Tensor | None,
@@ -286,6 +306,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.gate_topk),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_gate_topk_cpu"), _supports_cpu),
+        "cuda": Backend(_run_cuda, lambda: _native.reason_without("_gate_topk_cuda"), _supports_cuda),
         "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,

@@ -1,0 +1,63 @@
+# CUDA kernels, without find_package(Torch): kernels know nothing of torch, so nvcc needs 2 s for one instead of 40 s.
+# Sets MOEKERN_HAVE_CUDA, MOEKERN_CUDA_OBJECTS, MOEKERN_CUDA_LIBRARIES, MOEKERN_CUDA_SUMMARY.
+include(CheckLanguage)
+
+# nvcc is often not on PATH; look where its installers put it.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(MOEKERN_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin /usr/local/cuda/bin)
+  if(MOEKERN_NVCC)
+    set(CMAKE_CUDA_COMPILER ${MOEKERN_NVCC})
+  endif()
+endif()
+# Architectures are given by our own -gencode flags: CMake's property does not know "10.0f".
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(MOEKERN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "MOEKERN_CUDA=ON, but no working nvcc was found (PATH, CUDACXX, CUDA_HOME, /usr/local/cuda)")
+  endif()
+  set(MOEKERN_CUDA_SUMMARY "no working nvcc was found")
+  return()
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+  message(FATAL_ERROR "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is too old; CUDA 12.0 is the oldest that moekern builds with")
+endif()
+
+# TORCH_CUDA_ARCH_LIST in torch's spelling: "8.0;9.0a;10.0f+PTX", separated by ; or spaces.
+if(MOEKERN_CUDA_ARCHS)
+  string(REPLACE " " ";" archs "${MOEKERN_CUDA_ARCHS}")
+else()
+  set(archs "8.0+PTX" 8.9 9.0)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
+    list(APPEND archs 10.0f 12.0f)  # f: every part of the family, so that 10.0f runs on 10.3 too
+  endif()
+endif()
+set(gencodes)
+foreach(arch IN LISTS archs)
+  if(NOT arch MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a, 10.0f or 8.0+PTX; got '${arch}'")
+  endif()
+  set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
+  set(ptx "${CMAKE_MATCH_4}")
+  if(CMAKE_MATCH_1 LESS 8)
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: moekern needs 8.0 (Ampere) or newer; got '${arch}'")
+  endif()
+  list(APPEND gencodes "-gencode=arch=compute_${number},code=sm_${number}")
+  if(ptx)
+    list(APPEND gencodes "-gencode=arch=compute_${number},code=compute_${number}")
+  endif()
+endforeach()
+
+add_library(cuda_kernels OBJECT ${MOEKERN_CUDA_SOURCES})
+target_include_directories(cuda_kernels PRIVATE csrc)
+target_compile_options(cuda_kernels PRIVATE ${gencodes} -O3 -Xcompiler=-Wall,-Wextra)
+set_target_properties(cuda_kernels PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+
+set(MOEKERN_HAVE_CUDA ON)
+set(MOEKERN_CUDA_OBJECTS $<TARGET_OBJECTS:cuda_kernels>)
+# Static, so that the library loads where torch brings another CUDA runtime, or none.
+set(MOEKERN_CUDA_LIBRARIES CUDA::cudart_static)
+list(JOIN archs " " MOEKERN_CUDA_SUMMARY)
+set(MOEKERN_CUDA_SUMMARY "nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${MOEKERN_CUDA_SUMMARY}")
