@@ -39,8 +39,9 @@ demo: build  ## DeepSeek-V2-Lite shapes before and after moekern.patch, one tabl
 test: build  ## the whole test suite
 	@$(RUN) -m pytest $(ARGS)
 
-bench: build  ## microbenchmarks and the CPU ratios against transformers' own backends
+bench: build  ## the CPU ratios against transformers' own backends, then every op by itself
 	@$(RUN) -m bench cpu $(ARGS)
+	@$(RUN) -m bench ops
 
 lint: setup  ## ruff, clang-format, mypy
 	@$(RUN) -m ruff check .

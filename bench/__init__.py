@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench cpu` (moekern against transformers' own backends) and `python -m bench ops`."""
+"""Benchmarks: `python -m bench cpu` (moekern against transformers' own backends), `ops` (each op) and `report`."""

@@ -289,13 +289,13 @@ def run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shapes = QUICK if options.quick else Shapes()
-    with tqdm(desc="random weights", leave=False, unit="", unit_scale=True) as bar:
+    with tqdm(desc="random weights", leave=False, disable=None, unit="", unit_scale=True) as bar:
         lab = Lab(shapes, bar.update)
     chosen = [row for row in lab.rows() if options.only is None or options.only in row.name]
     if not chosen:
         raise ValueError(f"no row's name contains {options.only!r}")
     rows = []
-    with tqdm(chosen, leave=False, unit="row") as bar:
+    with tqdm(chosen, leave=False, disable=None, unit="row") as bar:
         for row in bar:
             bar.set_description(row.name)
             rows.append(measure(row, shapes.budget_s, lambda name: bar.set_postfix_str(name)))

@@ -140,7 +140,9 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int, label: str, quie
 
     gc.collect()
     measured = reset_peak_memory()
-    with tqdm(total=len(layers) + new_tokens, desc=label, leave=False, disable=quiet, unit="step") as bar:
+    with tqdm(
+        total=len(layers) + new_tokens, desc=label, leave=False, disable=quiet or None, unit="step"
+    ) as bar:
         handles = [layer.register_forward_hook(advance, with_kwargs=True) for layer in layers]
         handles.append(body.norm.register_forward_hook(keep))
         clock = Clock(bar)
@@ -187,7 +189,9 @@ def build(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         total = sum(p.numel() for p in random_models.empty_model(config, dtype).parameters())
     label = f"{layers}-layer {options.model_type}, {dtype_name(dtype)}, random weights"
-    with tqdm(total=total, desc=label, leave=False, disable=options.quiet, unit="", unit_scale=True) as bar:
+    with tqdm(
+        total=total, desc=label, leave=False, disable=options.quiet or None, unit="", unit_scale=True
+    ) as bar:
         return random_models.build_model(config, dtype, seed=options.seed, progress=bar.update)
 
 
@@ -306,7 +310,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (default 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="no progress bars (there are none when the output is not a terminal)",
+    )
     parser.add_argument("--tiny", action="store_true", help="shrink every width, to try the demo in seconds")
 
 

@@ -85,3 +85,33 @@ def test_rows_compare_the_same_work() -> None:
 def test_only_that_names_no_row_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cpu", "--quick", "--only", "nonsense"]) == 1
     assert "no row's name contains 'nonsense'" in capsys.readouterr().err
+
+
+def test_report_shows_every_row_and_refuses_smoke_tests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"median_ms": 50.0, "p10_ms": 49.0, "p90_ms": 51.0, "calls": 7}
+    row = {
+        "case": "decode, 4096 cached", "ratio": 5.0, "at_least": 5.0, "aim": 7.0, "best": "sdpa + grouped_mm",
+        "contenders": {"sdpa + grouped_mm": {**times, "median_ms": 250.0}, "moekern": times},
+    }  # fmt: skip
+    machine = {"processor": "A Processor", "isa": "amx", "features": {"avx2": True, "amx_bf16": False}}
+    versions = {"torch": "2.13.0", "transformers": "5.23.0"}
+    result = {
+        "quick": False, "threads": 2, "rows": [row],
+        "environment": {"moekern": "0.1.0", "machine": machine, "versions": versions},
+    }  # fmt: skip
+    saved, page = tmp_path / "a-machine" / "cpu.json", tmp_path / "performance.md"
+    saved.parent.mkdir()
+    saved.write_text(json.dumps(result))
+    arguments = ["report", "--results", str(tmp_path), "--out", str(page)]
+    assert main([*arguments, "--check"]) == 1
+    assert main(arguments) == 0
+    text = page.read_text()
+    assert "## a-machine" in text
+    assert "A Processor, 2 threads, kernels run with amx (avx2)" in text
+    assert "| decode, 4096 cached | 250 ms | 50 ms | 5.00x | 5x | 7x | sdpa + grouped_mm |" in text
+    assert main([*arguments, "--check"]) == 0
+    saved.write_text(json.dumps({**result, "quick": True}))
+    assert main(arguments) == 1
+    assert "is of a --quick run" in capsys.readouterr().err

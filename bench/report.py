@@ -1,0 +1,78 @@
+"""docs/performance.md from the files in bench/results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+HEAD = """# Performance
+
+Written by `python -m bench report` from the files in bench/results; do not edit.
+
+Each ratio is the time of the fastest of transformers' own backends over moekern's, in the same run, in turns, on the
+same weights: DeepSeek-V2-Lite's layer shapes, random bfloat16 data that is not in the cache. Three layers, one of them
+dense, with the real vocabulary. `python -m bench cpu` measures it anew.
+"""
+
+
+def section(name: str, found: dict[str, Any]) -> str:
+    """One machine's table, in Markdown."""
+    machine, versions = found["environment"]["machine"], found["environment"]["versions"]
+    usable = ", ".join(feature for feature, has in (machine["features"] or {}).items() if has)
+    lines = [
+        f"## {name}",
+        "",
+        f"{machine['processor']}, {found['threads']} threads, kernels run with {machine['isa']} ({usable}); "
+        f"moekern {found['environment']['moekern']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}.",
+        "",
+        "| case | transformers | moekern | ratio | at least | aim | transformers' best |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in found["rows"]:
+        theirs, ours = row["contenders"][row["best"]], row["contenders"]["moekern"]
+        lines.append(
+            f"| {row['case']} | {theirs['median_ms']:.4g} ms | {ours['median_ms']:.4g} ms | {row['ratio']:.2f}x "
+            f"| {row['at_least']:g}x | {row['aim']:g}x | {row['best']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def render(results: Path) -> str:
+    """The whole page.
+
+    Raises ValueError when there is no result, or when one is a smoke test's.
+    """
+    sections = []
+    for path in sorted(results.glob("*/cpu.json")):
+        found = json.loads(path.read_text())
+        if found["quick"]:
+            raise ValueError(f"{path} is of a --quick run, whose numbers mean nothing")
+        sections.append(section(path.parent.name, found))
+    if not sections:
+        raise ValueError(f"no */cpu.json in {results}; write one with python -m bench cpu --json")
+    return "\n".join([HEAD, *sections])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md", metavar="FILE")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 when FILE is not current"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    page = render(options.results)
+    if not options.check:
+        options.out.write_text(page)
+        return 0
+    if options.out.exists() and options.out.read_text() == page:
+        return 0
+    print(f"{options.out} is not what bench/results says; run python -m bench report", file=sys.stderr)
+    return 1
