@@ -43,6 +43,12 @@ bench: build  ## the CPU ratios against transformers' own backends, then every o
 	@$(RUN) -m bench cpu $(ARGS)
 	@$(RUN) -m bench ops
 
+gate-full: build  ## compiles every GPU kernel variant for sm_80 to sm_120 and checks the machine code (no GPU needed)
+	@MOEKERN_GATE=full $(RUN) -m pytest tests/gate $(ARGS)
+
+gpu-check: setup  ## on a machine with a GPU: builds, tests and measures; writes JSON into OUT=dir
+	@$(RUN) -m bench.gpu_check --out "$(OUT)" $(ARGS)
+
 lint: setup  ## ruff, clang-format, mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
