@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import moekern
 from bench.timing import Contender, interleave
 from moekern import ops, random_models
 
+BUSY = 0.5  # load average from which on something else is running
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 ATTENTION = ("sdpa", "eager")
 
@@ -289,6 +291,7 @@ def run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shapes = QUICK if options.quick else Shapes()
+    load = os.getloadavg()[0]
     with tqdm(desc="random weights", leave=False, disable=None, unit="", unit_scale=True) as bar:
         lab = Lab(shapes, bar.update)
     chosen = [row for row in lab.rows() if options.only is None or options.only in row.name]
@@ -305,6 +308,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{machine['processor']}, {torch.get_num_threads()} threads, kernels run with {machine['isa']}")
     print(f"features: {', '.join(usable) or 'unknown'}")
     print(f"torch {torch.__version__}, transformers {environment['versions']['transformers']}, bfloat16\n")
+    if load > BUSY:
+        print(f"load average {load:.1f} at the start: other processes disturb these numbers\n")
     print(table(rows))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

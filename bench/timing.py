@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# A contender this much slower than the fastest of its group is not measured again after the first round.
-HOPELESS = 1.5
+# A contender whose best time is this much slower than the fastest of its group is not measured again, after so many
+# rounds: a disturbance of one round must not strike out what would have been the best.
+HOPELESS = {1: 3.0, 2: 1.5}
 
 
 def _nothing(_: int) -> None:
@@ -41,6 +42,7 @@ class Timing:
         last = len(ordered) - 1
         return {
             "median_ms": 1e3 * self.median,
+            "min_ms": 1e3 * ordered[0],
             "p10_ms": 1e3 * ordered[round(0.1 * last)],
             "p90_ms": 1e3 * ordered[round(0.9 * last)],
             "calls": len(ordered),
@@ -85,10 +87,13 @@ def interleave(
         turn = rounds % len(running)
         for name in running[turn:] + running[:turn]:
             timings[name].seconds.append(call(name))
-        if rounds == 0:
-            fastest: dict[str, float] = {}
-            for name in running:
-                group = contenders[name].group
-                fastest[group] = min(fastest.get(group, float("inf")), timings[name].median)
-            running = [n for n in running if timings[n].median <= HOPELESS * fastest[contenders[n].group]]
+        if rounds + 1 in HOPELESS:
+            limit = HOPELESS[rounds + 1]
+            best = {name: min(timings[name].seconds) for name in running}
+            running = [
+                name
+                for name in running
+                if best[name]
+                <= limit * min(t for n, t in best.items() if contenders[n].group == contenders[name].group)
+            ]
     return timings

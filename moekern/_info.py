@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
@@ -20,15 +19,6 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def build_note() -> dict[str, Any]:
-    """What setup.py wrote down when it built, or why there is nothing."""
-    path = Path(__file__).with_name("_build.json")
-    if not path.exists():
-        return {"built": False, "reason": "no build has been run"}
-    note: dict[str, Any] = json.loads(path.read_text())
-    return note
 
 
 def processor() -> str:
@@ -78,14 +68,15 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
-def missing(note: dict[str, Any]) -> list[str]:
+def missing() -> list[str]:
     """What was not built or cannot be used here, with the reason; empty when nothing is."""
-    reasons = [str(note["reason"])] if note.get("reason") else []
     leaves, reason = _native.load()
     if reason is not None:
-        reasons.append(reason)
-    elif not any(name.endswith("_cuda") for name in leaves):
-        reasons.append(f"CUDA kernels: {note.get('cuda_reason') or 'not built'}")
+        reasons = [reason]
+    elif any(name.endswith("_cuda") for name in leaves):
+        reasons = []
+    else:
+        reasons = [f"CUDA kernels: not built ({_native.build_note().get('cuda', 'no nvcc')})"]
     if version_of("triton") is None:
         reasons.append("Triton kernels: triton is not installed")
     if not torch.cuda.is_available():
@@ -100,18 +91,17 @@ def collect() -> dict[str, Any]:
     """Everything, as plain data (what `moekern info --json` prints)."""
     from moekern import __version__
 
-    note = build_note()
     versions = {name: version_of(name) for name in ("torch", "triton", "transformers", "numpy")}
     return {
         "moekern": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "build": note,
+        "build": _native.build_note(),
         "machine": machine(),
         "gpus": gpus(),
         "backends": {name: _op.backends_of(spec) for name, spec in ops.SPECS.items()},
-        "missing": missing(note),
+        "missing": missing(),
     }
 
 
@@ -120,7 +110,7 @@ def gib(num_bytes: int) -> str:
 
 
 def backend_lines(backends: dict[str, dict[str, str | None]]) -> list[str]:
-    """One line per op with what it has, then each reason once with what it holds for."""
+    """One line per op with what runs here, then each reason once with the ops that it holds for."""
     width = max(len(name) for name in backends)
     lines = []
     reasons: dict[str, list[str]] = {}
@@ -130,8 +120,9 @@ def backend_lines(backends: dict[str, dict[str, str | None]]) -> list[str]:
         )
         for name, reason in found.items():
             if reason is not None:
-                # "gate_topk has no cuda implementation" differs per op only by the op's name.
-                reasons.setdefault(f"{name}: {reason.replace(op, '<op>')}", []).append(op)
+                # An op that a backend does not implement says so with its own name, which would split the group.
+                shared = "not implemented" if reason.startswith(f"{op} has no") else reason
+                reasons.setdefault(f"{name}: {shared}", []).append(op)
     for reason, names in reasons.items():
         lines.append(f"  {reason} ({', '.join(names) if len(names) < len(backends) else 'every op'})")
     return lines

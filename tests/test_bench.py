@@ -38,14 +38,19 @@ def test_contenders_take_turns_on_data_of_their_own() -> None:
     assert all(len(timing.seconds) == 4 for timing in found.values())
 
 
-def test_a_hopeless_contender_is_measured_once() -> None:
+def test_a_hopeless_contender_is_not_measured_again() -> None:
     def contender(seconds: float, group: str) -> Contender:
         return Contender(lambda _: time.sleep(seconds), group=group)
 
-    contenders = {"slow": contender(0.03, "x"), "fast": contender(0.01, "x"), "other": contender(0.03, "y")}
-    found = interleave(contenders, budget_s=0.0, min_rounds=3, warm_up=False)
-    assert {name: len(timing.seconds) for name, timing in found.items()} == {"slow": 1, "fast": 3, "other": 3}
-    assert found["fast"].summary()["median_ms"] == pytest.approx(10, abs=6)
+    contenders = {
+        "hopeless": contender(0.1, "x"), "slow": contender(0.04, "x"), "fast": contender(0.02, "x"),
+        "other": contender(0.1, "y"),
+    }  # fmt: skip
+    found = interleave(contenders, budget_s=0.0, min_rounds=4, warm_up=False)
+    calls = {name: len(timing.seconds) for name, timing in found.items()}
+    assert calls == {"hopeless": 1, "slow": 2, "fast": 4, "other": 4}
+    summary = found["fast"].summary()
+    assert 20 <= summary["min_ms"] <= summary["p10_ms"] <= summary["median_ms"] <= summary["p90_ms"]
 
 
 def test_every_row_of_the_cpu_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +73,8 @@ def test_every_row_of_the_cpu_benchmark(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_rows_compare_the_same_work() -> None:
-    """Every contender of a row returns the same numbers, up to bf16 rounding."""
+    """Every contender of a row returns the same numbers. The 3 layers amplify bf16 rounding to some percent; other data
+    would differ by more than 100."""
     lab = cpu.Lab(cpu.QUICK)
     for row in lab.rows():
         contenders = row.contenders()
@@ -79,7 +85,7 @@ def test_rows_compare_the_same_work() -> None:
         reference = outputs["moekern"]
         for name, output in outputs.items():
             error = (output - reference).norm() / reference.norm()
-            assert error < 0.03, f"{row.name}: {name} differs from moekern by {error:.3f}"
+            assert error < 0.2, f"{row.name}: {name} differs from moekern by {error:.3f}"
 
 
 def test_only_that_names_no_row_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +96,7 @@ def test_only_that_names_no_row_is_an_error(capsys: pytest.CaptureFixture[str]) 
 def test_report_shows_every_row_and_refuses_smoke_tests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    times = {"median_ms": 50.0, "p10_ms": 49.0, "p90_ms": 51.0, "calls": 7}
+    times = {"median_ms": 50.0, "p10_ms": 49.0, "p90_ms": 51.0, "min_ms": 48.0, "calls": 7}
     row = {
         "case": "decode, 4096 cached", "ratio": 5.0, "at_least": 5.0, "aim": 7.0, "best": "sdpa + grouped_mm",
         "contenders": {"sdpa + grouped_mm": {**times, "median_ms": 250.0}, "moekern": times},

@@ -45,11 +45,15 @@ def test_info_as_text_tells_features_memory_and_reasons(capsys: pytest.CaptureFi
         assert "kernels run with" in shown
 
 
-def test_info_says_why_the_native_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_says_why_native_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "the native library is of another version"
     monkeypatch.setattr(_native, "load", lambda: (frozenset(), reason))
-    assert reason in _info.missing({"built": True})
-    assert "no C++ compiler was found" in _info.missing({"reason": "no C++ compiler was found"})
+    assert reason in _info.missing()
+    monkeypatch.setattr(_native, "load", lambda: (frozenset({"_gate_topk_cpu"}), None))
+    monkeypatch.setattr(
+        _native, "build_note", lambda: {"built": True, "reason": None, "cuda": "MOEKERN_CUDA=OFF"}
+    )
+    assert "CUDA kernels: not built (MOEKERN_CUDA=OFF)" in _info.missing()
 
 
 def test_info_without_the_runtime_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
