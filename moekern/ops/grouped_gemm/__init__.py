@@ -223,6 +223,7 @@ CASES = (
     Case("gated_relu", _case((6, 2), 32, 64, gated=True, activation="relu")),
     Case("all_to_one_expert", _case((0, 0, 33, 0, 0), 64, 32)),
     Case("no_rows", _case((0, 0, 0), 64, 32)),
+    Case("one_row", _case((0, 1, 0), 64, 32)),
     Case("v2_lite_up_64", _case((6,) * 64, 2048, 2816, gated=True, activation="silu"), small=False,
          bench="DeepSeek-V2-Lite up, 64 tokens"),
 )  # fmt: skip

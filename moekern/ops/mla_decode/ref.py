@@ -100,7 +100,8 @@ def mla_decode(
     lse = scores.logsumexp(-1)
     # A query that sees nothing has lse -inf and would be -inf - -inf = NaN.
     weights = torch.where(seen[:, :, None], (scores - lse[..., None]).exp(), 0)
-    return torch.einsum("bqhs,bshv->bqhv", weights, v).to(dtype), lse
+    # einsum's strides depend on the sizes; every backend returns contiguous results, as the fake says.
+    return torch.einsum("bqhs,bshv->bqhv", weights, v).to(dtype).contiguous(), lse.contiguous()
 
 
 def model(

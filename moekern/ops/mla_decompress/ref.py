@@ -22,7 +22,8 @@ def mla_decompress(
     kv = kv.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, S, N + V]
     k_nope, v = kv[..., :nope_dim], kv[..., nope_dim:]
     k = torch.cat((k_nope, k_rope[:, None].expand(-1, num_heads, -1, -1)), dim=-1)
-    return k, F.pad(v, (0, max(v_width - v.shape[-1], 0))).contiguous()
+    # cat and pad keep the order of strides of what they are given, which is not [B, H, S].
+    return k.contiguous(), F.pad(v, (0, max(v_width - v.shape[-1], 0))).contiguous()
 
 
 def model(
