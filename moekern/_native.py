@@ -104,3 +104,16 @@ def reason_without(name: str) -> str | None:
         what = f"CUDA code was not built ({build_note().get('cuda', 'no nvcc')})" if cuda else "not built"
         reason = f"{name}: {what}; {REBUILD}"
     return reason or (no_gpu() if cuda else None)
+
+
+@functools.cache
+def _cpu_isa_function() -> Callable[[], bytes | None]:
+    function = ctypes.CDLL(str(LIBRARY_PATH)).moekern_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels run with. The library must be loaded."""
+    name = _cpu_isa_function()()
+    return name.decode() if name is not None else ""

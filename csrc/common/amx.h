@@ -30,12 +30,17 @@ struct AmxScope<true> {
       config.row_bytes[i] = 64;
       config.rows[i] = 16;
     }
+    asm volatile("" ::"m"(config) : "memory");  // the intrinsic names only the first 8 bytes as its input
     _tile_loadconfig(&config);
   }
   ~AmxScope() { _tile_release(); }
   AmxScope(const AmxScope&) = delete;
   AmxScope& operator=(const AmxScope&) = delete;
 };
+
+// GCC's tile loads do not tell the compiler that they read memory: what they read has to be stored before
+// this.
+inline void tile_fence() { asm volatile("" ::: "memory"); }
 
 // Transposes 16 x 16 dwords: pairs of bf16 in row-major order become a tile of B, and back.
 inline void transpose_16x16(__m512i* r) {

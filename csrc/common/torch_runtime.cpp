@@ -41,7 +41,16 @@ int num_threads() {
 // One line per leaf: name|type,type,...
 MOEKERN_EXPORT const char* moekern_leaf_signatures() { return moekern::leaves().c_str(); }
 
-// Name of the instruction set of the CPU kernels; reads MOEKERN_CPU_ISA again. nullptr: that set cannot run
+// Name of the instruction set of the CPU kernels; nullptr: the one in MOEKERN_CPU_ISA cannot run here.
+MOEKERN_EXPORT const char* moekern_cpu_isa() {
+  try {
+    return moekern::isa_name(moekern::cpu_isa());
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// The same; reads MOEKERN_CPU_ISA again. nullptr: that set cannot run
 // here.
 MOEKERN_EXPORT const char* moekern_refresh_cpu_isa() {
   try {

@@ -113,6 +113,7 @@ class AmxAttention<bfloat16> {
 
   // scores_ [64 positions][16 rows].
   void score(int64_t tile, Rows latent, Rows k_rope) {
+    tile_fence();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -192,6 +193,7 @@ class AmxAttention<bfloat16> {
   void accumulate(int64_t tile) {
     float* out = partial_ + tile * 16 * rank_;
     const int64_t bytes = rank_ * 4;
+    tile_fence();
     _tile_loadd(4, weights_, 64);
     _tile_loadd(5, weights_ + kTile, 64);
     for (int64_t c = 0; c < rank_; c += 32) {  // two tiles of columns: their chains overlap

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect, expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, Case, OpSpec
 from moekern.ops.mla_cache_write import ref
@@ -118,6 +118,29 @@ def _check(
     expect(eps >= 0, op, f"eps must be >= 0; got {eps}")
 
 
+_cpu_leaf = _native.leaf(
+    "_mla_cache_write_cpu(Tensor kv, Tensor norm_weight, Tensor cos, Tensor sin, Tensor slots, float eps, int layout, "
+    "Tensor(a!) latent_cache, Tensor(b!) rope_cache) -> ()"
+)
+
+
+def _fp32_rows(value: Tensor) -> Tensor:
+    value = value.to(torch.float32)
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
+def _run_cpu(kv: Tensor, norm_weight: Tensor, cos: Tensor, sin: Tensor, latent_cache: Tensor, rope_cache: Tensor,
+             slots: Tensor, eps: float, rope: str) -> None:  # fmt: skip
+    _cpu_leaf(kv, norm_weight, _fp32_rows(cos), _fp32_rows(sin), slots.contiguous(), eps, ref.ROPES.index(rope),
+              latent_cache, rope_cache)  # fmt: skip
+
+
+def _supports_cpu(kv: Tensor, **_: Any) -> str | None:
+    if kv.device.type != "cpu":
+        return f"kv is on {kv.device}"
+    return None if kv.dtype in SPEC.dtypes else f"dtype {kv.dtype}"
+
+
 def _case(
     tokens: int, *, rank: int = 512, dim: int = 64, spare: int = 5, rope: str = "interleaved", wide: bool = False,
     angle_dtype: torch.dtype | None = torch.float32, outside: bool = False, joint: bool = False,
@@ -165,7 +188,10 @@ SPEC = OpSpec(
     ref=ref.mla_cache_write,
     fake=lambda **_: None,
     model=ref.model,
-    backends={"ref": Backend(ref.mla_cache_write)},
+    backends={
+        "ref": Backend(ref.mla_cache_write),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_mla_cache_write_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=(),
     flops=lambda kv, **_: 6 * kv.numel(),

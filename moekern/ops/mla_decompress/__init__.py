@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect, expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.mla_decompress import ref
@@ -95,6 +95,31 @@ def fake(
     return k, latent.new_empty(batch, num_heads, tokens, value_dim)
 
 
+_cpu_leaf = _native.leaf(
+    "_mla_decompress_cpu(Tensor latent, Tensor k_rope, Tensor w_kv_b, Tensor? kv, Tensor(a!) k, Tensor(b!) v) -> ()"
+)
+
+
+def _run_cpu(
+    latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, num_heads: int, nope_dim: int, v_width: int
+) -> tuple[Tensor, Tensor]:
+    k, v = fake(latent, k_rope, w_kv_b, num_heads, nope_dim, v_width)
+    if k.numel() == 0:
+        return k, v
+    tiles = latent.shape[2] % 32 == 0 and nope_dim % 32 == 0 and w_kv_b.shape[0] // num_heads % 32 == 0
+    kv = None
+    if not (tiles and latent.dtype == torch.bfloat16 and _native.cpu_isa() == "amx"):
+        kv = torch.nn.functional.linear(latent, w_kv_b)
+    _cpu_leaf(latent, k_rope, w_kv_b, kv, k, v)
+    return k, v
+
+
+def _supports_cpu(latent: Tensor, **_: Any) -> str | None:
+    if latent.device.type != "cpu":
+        return f"latent is on {latent.device}"
+    return None if latent.dtype in SPEC.dtypes else f"dtype {latent.dtype}"
+
+
 def _bytes(
     latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, num_heads: int, nope_dim: int, v_width: int = 0
 ) -> int:
@@ -156,7 +181,10 @@ SPEC = OpSpec(
     ref=ref.mla_decompress,
     fake=fake,
     model=ref.model,
-    backends={"ref": Backend(ref.mla_decompress)},
+    backends={
+        "ref": Backend(ref.mla_decompress),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_mla_decompress_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=("model", "model"),
     backward=Backward(("latent", "k_rope", "w_kv_b"), ref.backward),
