@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect, expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.combine import ref
@@ -63,6 +63,25 @@ def _check(y: Tensor, weights: Tensor, ids: Tensor | None, num_experts: int | No
 
 def _fake(y: Tensor, weights: Tensor, **_: Any) -> Tensor:
     return y.new_empty((weights.shape[0], y.shape[1]))
+
+
+_cpu_leaf = _native.leaf(
+    "_combine_cpu(Tensor y, Tensor weights, Tensor? ids, int num_experts, Tensor(a!) out) -> ()"
+)
+
+
+def _run_cpu(y: Tensor, weights: Tensor, ids: Tensor | None, num_experts: int | None) -> Tensor:
+    out = _fake(y, weights)
+    rows = y if y.stride(-1) == 1 else y.contiguous()
+    ids = None if ids is None else ids.contiguous()
+    _cpu_leaf(rows, weights.to(torch.float32).contiguous(), ids, num_experts or 0, out)
+    return out
+
+
+def _supports_cpu(y: Tensor, **_: Any) -> str | None:
+    if y.device.type != "cpu":
+        return f"y is on {y.device}"
+    return None if y.dtype in SPEC.dtypes else f"dtype {y.dtype}"
 
 
 def _backward(saved: Any, grads: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
@@ -129,7 +148,10 @@ SPEC = OpSpec(
     check=_check,
     ref=ref.combine,
     fake=_fake,
-    backends={"ref": Backend(ref.combine)},
+    backends={
+        "ref": Backend(ref.combine),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_combine_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=("model",),
     model=_model,

@@ -5,18 +5,19 @@ T tokens, E experts, K selected experts per token, D model width, F expert width
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, OpSpec
 from moekern.ops.fused_experts import ref
 from moekern.ops.fused_experts.cases import CASES
-from moekern.ops.grouped_gemm import check_bias, check_weight
-from moekern.ops.grouped_gemm.activation import activate, check_activation
+from moekern.ops.grouped_gemm import check_bias, check_weight, rows_contiguous, supports_cpu
+from moekern.ops.grouped_gemm.activation import ACTIVATIONS, activate, check_activation
 from moekern.ops.grouped_gemm.ref import linear
 from moekern.ops.route import check_ids
 
@@ -118,6 +119,29 @@ def _fake(x: Tensor, ids: Tensor, reduce: bool, **_: Any) -> Tensor:
     return x.new_empty((x.shape[0] if reduce else x.shape[0] * ids.shape[1], x.shape[1]))
 
 
+_cpu_leaf = _native.leaf(
+    "_fused_experts_cpu(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor ids, Tensor? b_gate_up, "
+    "Tensor? b_down, int activation, bool gated, bool interleaved, bool transposed, float limit, float alpha, "
+    "float up_shift, Tensor(a!) rows, Tensor(b!)? out) -> ()"
+)
+
+
+def _run_cpu(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor, b_gate_up: Tensor | None,
+             b_down: Tensor | None, activation: str, gated: bool, interleaved: bool, transposed: bool,
+             limit: float | None, alpha: float, up_shift: float, reduce: bool) -> Tensor:  # fmt: skip
+    rows = x.new_empty((ids.numel(), x.shape[1]))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if reduce else None
+    b_gate_up, b_down = (None if b is None else rows_contiguous(b) for b in (b_gate_up, b_down))
+    _cpu_leaf(rows_contiguous(x), w_gate_up, w_down, weights.to(torch.float32).contiguous(), ids.contiguous(), b_gate_up,
+              b_down, ACTIVATIONS.index(activation), gated, interleaved, transposed,
+              math.inf if limit is None else limit, alpha, up_shift, rows, out)  # fmt: skip
+    return rows if out is None else out
+
+
+def _supports_cpu(x: Tensor, **_: Any) -> str | None:
+    return supports_cpu(x, SPEC.dtypes)
+
+
 _DIFFERENTIABLE = ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")
 
 
@@ -186,7 +210,10 @@ SPEC = OpSpec(
     check=_check,
     ref=ref.fused_experts,
     fake=_fake,
-    backends={"ref": Backend(ref.fused_experts)},
+    backends={
+        "ref": Backend(ref.fused_experts),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_fused_experts_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=("model",),
     model=_model,

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect, expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.gate import ref
 from moekern.ops.gate_topk import check_gating
-from moekern.ops.gate_topk.ref import gate_topk, weights_of
+from moekern.ops.gate_topk.ref import SCORINGS, gate_topk, weights_of
 
 SCHEMA = (
     "(Tensor x, Tensor weight, int top_k, *, Tensor? linear_bias=None, ScalarType? logits_dtype=None, "
@@ -106,6 +106,38 @@ def _fake(x: Tensor, weight: Tensor, top_k: int, logits_dtype: torch.dtype | Non
     return x.new_empty(shape, dtype=compute), x.new_empty(shape, dtype=ids_dtype or torch.int64), logits
 
 
+_cpu_leaf = _native.leaf(
+    "_gate_cpu(Tensor x, Tensor weight, Tensor? linear_bias, Tensor? bias, Tensor? expert_scale, Tensor? preselected, "
+    "int scoring, int num_groups, int topk_groups, bool top2, bool renormalize, float norm_eps, float norm_min, "
+    "float scale, Tensor(a!) weights, Tensor(b!) ids, Tensor(c!) logits) -> ()"
+)
+
+
+def _fp32(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().to(torch.float32).contiguous()
+
+
+def _run_cpu(x: Tensor, weight: Tensor, top_k: int, linear_bias: Tensor | None, logits_dtype: torch.dtype | None,
+             scoring: str, bias: Tensor | None, num_groups: int, topk_groups: int, group_score: str,
+             renormalize: bool, norm_eps: float, norm_min: float, scale: float, expert_scale: Tensor | None,
+             preselected: Tensor | None, ids_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights, ids, logits = _fake(x, weight, top_k, logits_dtype, ids_dtype)
+    if preselected is not None:
+        preselected = preselected.to(ids.dtype).contiguous()
+    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
+    _cpu_leaf(x, weight, _fp32(linear_bias), _fp32(bias), _fp32(expert_scale), preselected, SCORINGS.index(scoring),
+              num_groups, topk_groups, group_score == "top2", renormalize, norm_eps, norm_min, scale, weights, ids,
+              logits)  # fmt: skip
+    return weights, ids, logits
+
+
+def _supports_cpu(x: Tensor, weight: Tensor, **_: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    unsupported = [t.dtype for t in (x, weight) if t.dtype not in SPEC.dtypes]
+    return f"dtype {unsupported[0]}" if unsupported else None
+
+
 def _backward(saved: Any, grads: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     needs, x, weight = saved["needs"], saved["x"], saved["weight"]
     _, ids, logits = saved["outputs"]
@@ -194,7 +226,10 @@ SPEC = OpSpec(
     check=_check,
     ref=ref.gate,
     fake=_fake,
-    backends={"ref": Backend(ref.gate)},
+    backends={
+        "ref": Backend(ref.gate),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_gate_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=("fp32", "ids", "fp32"),
     model=_model,

@@ -5,16 +5,17 @@ M rows, E experts, D width of a row, N width of a product (2F when gated: F gate
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect, expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.grouped_gemm import ref
-from moekern.ops.grouped_gemm.activation import activate, check_activation
+from moekern.ops.grouped_gemm.activation import ACTIVATIONS, activate, check_activation
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor offsets, *, Tensor? gather=None, Tensor? bias=None, Tensor? row_scale=None, "
@@ -123,6 +124,40 @@ def _fake(
 ) -> Tensor:
     width = weight.shape[2 if transposed else 1] // (2 if gated else 1)
     return x.new_empty(((x if gather is None else gather).shape[0], width))
+
+
+_cpu_leaf = _native.leaf(
+    "_grouped_gemm_cpu(Tensor x, Tensor weight, Tensor offsets, Tensor? gather, Tensor? bias, Tensor? row_scale, "
+    "int activation, bool gated, bool interleaved, bool transposed, float limit, float alpha, float up_shift, "
+    "Tensor(a!) out) -> ()"
+)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x with contiguous rows, any distance apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _run_cpu(x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None, bias: Tensor | None,
+             row_scale: Tensor | None, activation: str, gated: bool, interleaved: bool, transposed: bool,
+             limit: float | None, alpha: float, up_shift: float) -> Tensor:  # fmt: skip
+    out = _fake(x, weight, gather, gated, transposed)
+    gather = None if gather is None else gather.contiguous()
+    bias = None if bias is None else rows_contiguous(bias)
+    row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
+    _cpu_leaf(rows_contiguous(x), weight, offsets.contiguous(), gather, bias, row_scale, ACTIVATIONS.index(activation),
+              gated, interleaved, transposed, math.inf if limit is None else limit, alpha, up_shift, out)  # fmt: skip
+    return out
+
+
+def supports_cpu(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    return None if x.dtype in dtypes else f"dtype {x.dtype}"
+
+
+def _supports_cpu(x: Tensor, **_: Any) -> str | None:
+    return supports_cpu(x, SPEC.dtypes)
 
 
 _DIFFERENTIABLE = ("x", "weight", "bias", "row_scale")
@@ -239,7 +274,10 @@ SPEC = OpSpec(
     check=_check,
     ref=ref.grouped_gemm,
     fake=_fake,
-    backends={"ref": Backend(ref.grouped_gemm)},
+    backends={
+        "ref": Backend(ref.grouped_gemm),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_grouped_gemm_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=("model",),
     model=_model,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _op
+from moekern import _native, _op
 from moekern._check import expect, expect_dtype, expect_shape
 from moekern._op import Backend, Case, OpSpec
 from moekern.ops.route import ref
@@ -59,6 +59,21 @@ def _fake(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return perm, offsets, counts
 
 
+_cpu_leaf = _native.leaf(
+    "_route_cpu(Tensor ids, Tensor(a!) perm, Tensor(b!) offsets, Tensor(c!) counts) -> ()"
+)
+
+
+def _run_cpu(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake(ids, num_experts)
+    _cpu_leaf(ids.contiguous(), *outputs)
+    return outputs
+
+
+def _supports_cpu(ids: Tensor, **_: Any) -> str | None:
+    return None if ids.device.type == "cpu" else f"ids are on {ids.device}"
+
+
 def _case(num_tokens: int, num_experts: int, top_k: int, *, low: int = 0, high: int | None = None,
           dtype: torch.dtype = torch.int64, only: int | None = None) -> Any:  # fmt: skip
     def make(generator: torch.Generator, _: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -94,7 +109,10 @@ SPEC = OpSpec(
     check=_check,
     ref=ref.route,
     fake=_fake,
-    backends={"ref": Backend(ref.route)},
+    backends={
+        "ref": Backend(ref.route),
+        "cpu": Backend(_run_cpu, lambda: _native.reason_without("_route_cpu"), _supports_cpu),
+    },
     cases=CASES,
     outputs=("exact", "exact", "exact"),
     flops=lambda ids, **_: ids.numel(),

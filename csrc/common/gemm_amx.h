@@ -1,0 +1,117 @@
+// Tile products with AMX: 2 groups of 16 weight rows x 1 or 2 panels of tokens.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include "common/gemm_pack.h"
+
+namespace moekern::MOEKERN_ISA {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0-3: sums [16 weight rows][width tokens]; 4, 5: weights [16][32]; 6, 7: inputs [16 pairs][width][2].
+inline void configure_tiles(int width) {
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = 16;
+    config.bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 64 : 4 * width);
+  }
+  asm volatile("" ::"m"(config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+// Where the A tiles of one group come from: [steps] tiles, `step` elements apart, rows `row` bytes apart.
+struct TileSource {
+  const bfloat16* base;
+  int64_t step;
+  int64_t row;
+};
+
+// Asks for weights that will be read soon, in the order of memory: lines of `rows` rows, some with each tile
+// step.
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+  Prefetcher(const RowGroup<bfloat16> g[2], int k, int steps) {
+    for (int i = 0; i < 2; ++i) {
+      rows_[i] = g[i].depth == 1 ? g[i].rows : 0;
+      base_[i] = reinterpret_cast<const char*>(g[i].w);
+      stride_[i] = g[i].row * 2;
+    }
+    lines_ = (k * 2 + 63) / 64;
+    per_step_ = (lines_ * kTile + steps - 1) / steps;
+  }
+  void step() {
+    for (int n = 0; n < per_step_; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        if (row_ < rows_[i]) _mm_prefetch(base_[i] + row_ * stride_[i] + line_ * 64, _MM_HINT_T1);
+      }
+      if (++line_ == lines_) {
+        line_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  const char* base_[2] = {};
+  int64_t stride_[2] = {};
+  int rows_[2] = {};
+  int lines_ = 0, per_step_ = 0, line_ = 0, row_ = 0;
+};
+
+// One step of the inner dimension.
+template <int kPanels>
+inline void multiply_step(const bfloat16* a0, const bfloat16* a1, int64_t row0, int64_t row1,
+                          const bfloat16* x, int64_t panel_stride, int64_t x_row) {
+  _tile_loadd(4, a0, row0);
+  _tile_loadd(6, x, x_row);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, a1, row1);
+  _tile_dpbf16ps(1, 5, 6);
+  if constexpr (kPanels == 2) {
+    _tile_loadd(7, x + panel_stride, x_row);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// z[panel][group][16 weight rows][16]: sums over `steps` tiles of the sources and, when K is not a multiple
+// of 32, the two tiles at `tail`. Tokens past the panel's width are not written.
+template <int kPanels>
+inline void multiply_tiles(const TileSource a[2], const bfloat16* tail, const bfloat16* x,
+                           int64_t panel_stride, int width, int steps, Prefetcher& ahead, float* z) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kPanels == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const int64_t x_row = 4 * width, x_step = kDepth * width;
+  for (int s = 0; s < steps; ++s) {
+    multiply_step<kPanels>(a[0].base + s * a[0].step, a[1].base + s * a[1].step, a[0].row, a[1].row,
+                           x + s * x_step, panel_stride, x_row);
+    ahead.step();
+  }
+  if (tail != nullptr) {
+    multiply_step<kPanels>(tail, tail + kTile * kDepth, 2 * kDepth, 2 * kDepth, x + steps * x_step,
+                           panel_stride, x_row);
+  }
+  _tile_stored(0, z, 64);
+  _tile_stored(1, z + 256, 64);
+  if constexpr (kPanels == 2) {
+    _tile_stored(2, z + 512, 64);
+    _tile_stored(3, z + 768, 64);
+  }
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace moekern::MOEKERN_ISA
+
+#endif

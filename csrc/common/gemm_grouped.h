@@ -1,0 +1,207 @@
+// Grouped GEMM over segments: packs the inputs, runs the blocks of weight rows on all threads, and hands each
+// finished [rows x columns] piece to a sink.
+#pragma once
+
+#include "common/gemm_amx.h"
+#include "common/gemm_dot.h"
+#include "common/gemm_epilogue.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace moekern::MOEKERN_ISA {
+
+// Inputs of a segment stay in L2 while its weights pass by: at most this many bytes of them.
+constexpr int64_t kInputBytes = int64_t{3} << 19;
+constexpr int kMaxSegmentRows = 512;
+
+template <class T>
+inline int segment_rows(int k) {
+  const int64_t fit = kInputBytes / (round_up(k, kDepth) * sizeof(typename Layout<T>::Input)) / kTile * kTile;
+  return static_cast<int>(std::clamp<int64_t>(fit, kTile, kMaxSegmentRows));
+}
+
+// Row slots that a segment takes in the packed inputs.
+template <class T>
+inline int64_t segment_slots(int rows) {
+  return Layout<T>::kPanels && rows > kTile ? round_up(rows, kTile) : rows;
+}
+
+template <class T>
+struct GroupedGemm {
+  using In = typename Layout<T>::Input;
+  const Matrices& m;
+  const Activation& act;
+  const Segment* segments;
+  int num_segments;
+  const In* x;  // packed inputs
+
+  int64_t k_padded() const { return round_up(m.k, kDepth); }
+
+  // Sink: for AMX, panel(segment, expert block, first token, count, z) with z[group][weight row][token];
+  // otherwise rows(...) with z[group][token][weight row].
+  template <class Sink>
+  void run(const Sink& sink) const {
+    const int blocks = num_blocks(m, act);
+    const int64_t items = static_cast<int64_t>(num_segments) * blocks;
+    parallel_dynamic(items, [&](auto next) {
+      static thread_local Scratch scratch;
+      auto* packed = static_cast<T*>(scratch.get(2 * kTile * k_padded() * sizeof(T)));
+      int width = 0;
+      int64_t item = next();
+      while (item >= 0) {
+        const int64_t following = next();
+        const Segment& s = segments[item / blocks];
+        const int b = static_cast<int>(item % blocks);
+        if constexpr (Layout<T>::kPanels) {
+          amx_item(s, b, following, blocks, packed, width, sink);
+        } else {
+          dot_item(s, b, packed, sink);
+        }
+        item = following;
+      }
+#if defined(__AMX_BF16__)
+      if (width != 0) _tile_release();
+#endif
+    });
+  }
+
+  template <class Sink>
+  void dot_item(const Segment& s, int b, T* packed, const Sink& sink) const {
+    RowGroup<T> g[2];
+    int first[2], step;
+    groups_of(m, act, s.expert, b, g, first, &step);
+    const int64_t kp = k_padded();
+    for (int i = 0; i < 2; ++i) {
+      if (g[i].depth == 1) continue;
+      T* to = packed + i * kTile * kp;
+      pack_group(g[i], 0, m.k, m.k, to, kp);
+      g[i] = {to, kp, 1, g[i].rows};
+    }
+    alignas(64) float z[2 * kTile * kTile];
+    for (int t = 0; t < s.rows; t += kTile) {
+      const int count = std::min(kTile, s.rows - t);
+      for (int i = 0; i < 2; ++i) {
+        const int64_t ahead = m.transposed ? 0 : kDotRows * g[i].row;
+        dot_block(g[i].w, g[i].row, g[i].rows, x + (s.slot + t) * kp, kp, count, m.k, ahead, z + i * 256,
+                  kTile);
+      }
+      sink.rows(s, b, t, count, z);
+    }
+  }
+
+#if defined(__AMX_BF16__)
+  template <class Sink>
+  void amx_item(const Segment& s, int b, int64_t following, int blocks, T* packed, int& width,
+                const Sink& sink) const {
+    RowGroup<T> g[2];
+    int first[2], step;
+    groups_of(m, act, s.expert, b, g, first, &step);
+    if (s.width != width) {
+      width = s.width;
+      configure_tiles(width);
+    }
+    const int panels = (s.rows + kTile - 1) / kTile;
+    const int all_steps = static_cast<int>(k_padded() / kDepth);
+    int steps = all_steps;
+    TileSource a[2];
+    const T* tail = nullptr;
+    // Copying pays once many panels read the same weights: rows of 4 KiB fall into one set of the L1.
+    const bool copy = m.transposed || g[0].rows < kTile || g[1].rows < kTile || panels > 4;
+    if (copy) {
+      copy_block(g, packed, all_steps);
+      for (int i = 0; i < 2; ++i) a[i] = {packed + i * kTile * kDepth, 2 * kTile * kDepth, 2 * kDepth};
+    } else {
+      steps = m.k / kDepth;
+      for (int i = 0; i < 2; ++i) a[i] = {g[i].w, kDepth, g[i].row * 2};
+      if (steps < all_steps) {
+        for (int i = 0; i < 2; ++i) {
+          pack_group(g[i], steps * kDepth, m.k - steps * kDepth, kDepth, packed + i * kTile * kDepth, kDepth);
+        }
+        tail = packed;
+      }
+    }
+    asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+    Prefetcher ahead;
+    if (following >= 0) {
+      RowGroup<T> h[2];
+      groups_of(m, act, segments[following / blocks].expert, static_cast<int>(following % blocks), h, first,
+                &step);
+      ahead = Prefetcher(h, m.k, steps * ((panels + 1) / 2));
+    }
+    const int64_t panel_stride = k_padded() * width;
+    const T* from = x + s.slot * k_padded();
+    alignas(64) float z[4 * kTile * kTile];
+    for (int p = 0; p < panels; p += 2) {
+      const int both = std::min(2, panels - p);
+      if (both == 2) {
+        multiply_tiles<2>(a, tail, from + p * panel_stride, panel_stride, width, steps, ahead, z);
+      } else {
+        multiply_tiles<1>(a, tail, from + p * panel_stride, panel_stride, width, steps, ahead, z);
+      }
+      for (int q = 0; q < both; ++q) {
+        const int t = (p + q) * kTile;
+        sink.panel(s, b, t, std::min(kTile, s.rows - t), z + 512 * q);
+      }
+    }
+  }
+
+  // Both groups as tiles [step][group][16][32].
+  void copy_block(const RowGroup<T> g[2], T* packed, int steps) const {
+    constexpr int kSize = kTile * kDepth;
+    const bool full = g[0].rows == kTile && g[1].rows == kTile;
+    for (int s = 0; s < steps; ++s) {
+      const int depth = std::min(kDepth, m.k - s * kDepth);
+      T* to = packed + 2 * s * kSize;
+      if (m.transposed && full && depth == kDepth) {
+        pack_transposed(g, s * kDepth, act.gated && act.interleaved, to, to + kSize);
+      } else {
+        for (int i = 0; i < 2; ++i) pack_group(g[i], s * kDepth, depth, kDepth, to + i * kSize, kDepth);
+      }
+    }
+  }
+#endif
+};
+
+// Packs the inputs of all segments. row(i): pointer to the i-th row in sorted order, or null for a row of
+// zeros.
+template <class T, class Row>
+inline void pack_inputs(const Segment* segments, int num_segments, int k, const Row& row,
+                        typename Layout<T>::Input* out) {
+  using In = typename Layout<T>::Input;
+  const int64_t kp = round_up(k, kDepth);
+  const int64_t grain =
+      std::max<int64_t>(1, (int64_t{1} << 16) / (kp * kTile * static_cast<int64_t>(sizeof(In))));
+  // Pieces of 16 rows, counted through all segments.
+  int64_t pieces = 0;
+  for (int i = 0; i < num_segments; ++i) pieces += (segments[i].rows + kTile - 1) / kTile;
+  parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
+    int i = 0;
+    int64_t before = 0;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      while (piece - before >= (segments[i].rows + kTile - 1) / kTile) {
+        before += (segments[i].rows + kTile - 1) / kTile;
+        ++i;
+      }
+      const Segment& s = segments[i];
+      const int t = static_cast<int>(piece - before) * kTile, count = std::min(kTile, s.rows - t);
+      const T* rows[kTile];
+      for (int r = 0; r < count; ++r) rows[r] = row(s.first + t + r);
+      In* to = out + (s.slot + t) * kp;
+#if defined(__AMX_BF16__)
+      if constexpr (Layout<T>::kPanels) {
+        pack_panel(rows, count, s.width, k, to);
+        continue;
+      }
+#endif
+      for (int r = 0; r < count; ++r) {
+        if (rows[r] == nullptr) {
+          std::fill(to + r * kp, to + (r + 1) * kp, In{});
+        } else {
+          pack_row(rows[r], k, static_cast<int>(kp), to + r * kp);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace moekern::MOEKERN_ISA

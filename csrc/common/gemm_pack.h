@@ -1,0 +1,208 @@
+// Layouts of the grouped GEMM's operands.
+//
+// kPanels (AMX, bf16): inputs in panels of up to 16 tokens, [K/2][width][2], which is what a B tile is loaded
+// from. A row slot is one token of a panel. Otherwise: row-major inputs [rows][K], bf16 for vdpbf16ps, else
+// fp32. K is padded with zeros to a multiple of 32 in both.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/gemm.h"
+#include "common/simd.h"
+
+namespace moekern::MOEKERN_ISA {
+
+constexpr int kTile = 16;   // weight rows, and tokens, of a block of a product
+constexpr int kDepth = 32;  // K is processed in steps of this
+
+template <class T>
+struct Layout {
+  static constexpr bool kPanels = false;
+  using Input = float;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Layout<bfloat16> {
+#if defined(__AMX_BF16__)
+  static constexpr bool kPanels = true;
+#else
+  static constexpr bool kPanels = false;
+#endif
+  using Input = bfloat16;
+};
+#endif
+
+inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+// 16 weight rows that make one tile: element (r, k) at w[r * row + k * depth].
+template <class T>
+struct RowGroup {
+  const T* w;
+  int64_t row;
+  int64_t depth;
+  int rows;
+};
+
+// The two groups of block b: gate and up rows of 16 output columns, or two runs of 16 columns when not gated.
+template <class T>
+inline void groups_of(const Matrices& m, const Activation& a, int expert, int b, RowGroup<T> out[2],
+                      int first[2], int* step) {
+  const T* base = static_cast<const T*>(m.data) + expert * m.expert_stride;
+  const int half = m.n / 2;
+  *step = a.gated && a.interleaved ? 2 : 1;
+  for (int g = 0; g < 2; ++g) {
+    int rows;
+    if (!a.gated) {
+      first[g] = 2 * kTile * b + kTile * g;
+      rows = m.n - first[g];
+    } else {
+      first[g] = a.interleaved ? 2 * kTile * b + g : kTile * b + half * g;
+      rows = half - kTile * b;
+    }
+    rows = std::clamp(rows, 0, kTile);
+    const int64_t n_stride = m.transposed ? 1 : m.row_stride, k_stride = m.transposed ? m.row_stride : 1;
+    // A group without rows is never read; its pointer stays inside the tensor.
+    out[g] = {base + (rows > 0 ? first[g] * n_stride : 0), *step * n_stride, k_stride, rows};
+  }
+}
+
+inline int num_blocks(const Matrices& m, const Activation& a) {
+  const int columns = a.gated ? m.n / 2 : m.n, per_block = a.gated ? kTile : 2 * kTile;
+  return (columns + per_block - 1) / per_block;
+}
+
+inline int num_columns(const Matrices& m, const Activation& a) { return a.gated ? m.n / 2 : m.n; }
+
+// Bias of the 16 rows of a group, zeros where there is none.
+template <class T>
+inline void load_bias(const Matrices& m, int expert, int first, int step, int rows, float* out) {
+  std::fill(out, out + kTile, 0.0f);
+  if (m.bias == nullptr) return;
+  const T* bias = static_cast<const T*>(m.bias) + expert * m.bias_stride + first;
+  for (int r = 0; r < rows; ++r) out[r] = to_float(bias[r * step]);
+}
+
+// Copies a group to [16][depth_padded], rows and depth padded with zeros, `width` elements apart.
+template <class T>
+inline void pack_group(const RowGroup<T>& g, int k0, int depth, int depth_padded, T* out, int64_t width) {
+  const T none{};
+  if (g.depth == 1) {
+    for (int r = 0; r < kTile; ++r) {
+      T* to = out + r * width;
+      int k = 0;
+      if (r < g.rows) {
+        __builtin_memcpy(to, g.w + r * g.row + k0, depth * sizeof(T));
+        k = depth;
+      }
+      for (; k < depth_padded; ++k) to[k] = none;
+    }
+    return;
+  }
+  for (int k = 0; k < depth; ++k) {
+    const T* from = g.w + (k0 + k) * g.depth;
+    for (int r = 0; r < kTile; ++r) out[r * width + k] = r < g.rows ? from[r * g.row] : none;
+  }
+  for (int r = 0; r < kTile; ++r) {
+    for (int k = depth; k < depth_padded; ++k) out[r * width + k] = none;
+  }
+}
+
+// One input row into the row-major layout.
+template <class T, class In>
+inline void pack_row(const T* from, int k, int k_padded, In* to) {
+  if constexpr (std::is_same_v<T, In>) {
+    __builtin_memcpy(to, from, k * sizeof(T));
+    std::fill(to + k, to + k_padded, In{});
+  } else {
+    for (int i = 0; i < k_padded; i += kLanes) store(to + i, i < k ? load_n(from + i, k - i) : zero());
+  }
+}
+
+#if defined(__AVX512F__)
+
+// 16 x 16 matrix of 32-bit values, in place.
+inline void transpose16(__m512i v[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+#endif
+
+#if defined(__AMX_BF16__)
+
+// A panel from `width` rows; rows from `count` on are zeros (null: a row of zeros too).
+inline void pack_panel(const bfloat16* const* rows, int count, int width, int k, bfloat16* out) {
+  auto* to = reinterpret_cast<uint32_t*>(out);
+  const int k_padded = static_cast<int>(round_up(k, kDepth));
+  if (width == 1) {  // one token: a panel is the row itself
+    if (count > 0 && rows[0] != nullptr) return pack_row(rows[0], k, k_padded, out);
+    return std::fill(out, out + k_padded, bfloat16{});
+  }
+  const __mmask16 lanes = static_cast<__mmask16>((1u << width) - 1);
+  for (int k0 = 0; k0 < k_padded; k0 += kDepth) {
+    const int depth = std::min(kDepth, k - k0);
+    const __mmask32 valid = depth == kDepth ? ~__mmask32{0} : (__mmask32{1} << depth) - 1;
+    __m512i v[16];
+    for (int t = 0; t < 16; ++t) {
+      const bfloat16* row = t < count ? rows[t] : nullptr;
+      v[t] = row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row + k0);
+    }
+    transpose16(v);
+    for (int i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(to + (k0 / 2 + i) * width, lanes, v[i]);
+  }
+}
+
+// Both groups of a block whose weights are transposed, one A tile each, from 32 rows of [K, N].
+inline void pack_transposed(const RowGroup<bfloat16> g[2], int k0, bool interleaved, bfloat16* out0,
+                            bfloat16* out1) {
+  __m512i a[16], b[16];
+  const __m512i low = _mm512_set1_epi32(0xffff);
+  for (int i = 0; i < 16; ++i) {
+    const bfloat16* even = g[0].w + (k0 + 2 * i) * g[0].depth;
+    if (interleaved) {  // 32 bits hold gate and up
+      const __m512i p = _mm512_loadu_si512(even), q = _mm512_loadu_si512(even + g[0].depth);
+      a[i] = _mm512_or_si512(_mm512_and_si512(p, low), _mm512_slli_epi32(q, 16));
+      b[i] = _mm512_or_si512(_mm512_srli_epi32(p, 16), _mm512_andnot_si512(low, q));
+    } else {
+      const bfloat16* other = g[1].w + (k0 + 2 * i) * g[1].depth;
+      const auto half = [](const bfloat16* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      };
+      a[i] = _mm512_or_si512(half(even), _mm512_slli_epi32(half(even + g[0].depth), 16));
+      b[i] = _mm512_or_si512(half(other), _mm512_slli_epi32(half(other + g[1].depth), 16));
+    }
+  }
+  transpose16(a);
+  transpose16(b);
+  for (int i = 0; i < 16; ++i) {
+    _mm512_storeu_si512(out0 + i * kDepth, a[i]);
+    _mm512_storeu_si512(out1 + i * kDepth, b[i]);
+  }
+}
+
+#endif
+
+}  // namespace moekern::MOEKERN_ISA
