@@ -14,6 +14,9 @@ from moekern import _op, ops
 
 Row = TypeVar("Row")
 
+# What the kernels read. The references take fp64 too, but would be a silent slow path.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # The attribute that marks a patched module and holds what `unpatch` puts back.
 STATE = "_moekern"
 
@@ -51,11 +54,17 @@ def attribute(module: Any, path: str) -> Any:
     return module
 
 
-def reason_against_weights(module: nn.Module, weights: Mapping[str, Any]) -> str | None:
-    """Why a kernel cannot read these weights of the module (missing, on meta, quantized, moved by a hook), or None."""
-    for owner in module.modules():
-        if hasattr(owner, "_hf_hook"):
-            return "an accelerate hook moves its weights"
+def reason_against_instance(module: nn.Module) -> str | None:
+    """Why this instance is not its class any more: an accelerate hook, or another patch. None when it is."""
+    if any(hasattr(owner, "_hf_hook") for owner in module.modules()):
+        return "an accelerate hook moves its weights"
+    if "forward" in module.__dict__ or "expand_kv" in module.__dict__:
+        return "its forward is replaced on the instance already"
+    return None
+
+
+def reason_against_weights(weights: Mapping[str, Any]) -> str | None:
+    """Why a kernel cannot read these weights (missing, on meta, quantized, fp64), or None."""
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
             return f"{name} is not a tensor"
@@ -63,8 +72,8 @@ def reason_against_weights(module: nn.Module, weights: Mapping[str, Any]) -> str
             return f"{name} is a {type(weight).__name__}"
         if weight.device.type == "meta":
             return f"{name} is on meta"
-        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"{name} is quantized ({str(weight.dtype).removeprefix('torch.')})"
+        if weight.dtype not in DTYPES:
+            return f"{name} is {str(weight.dtype).removeprefix('torch.')}"
     return None
 
 

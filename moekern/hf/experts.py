@@ -115,8 +115,9 @@ def reason_against(module: Any) -> str | None:
     """Why the module cannot be patched, or None."""
     if "is_transposed" not in module.__dict__ or not hasattr(type(module).forward, "__wrapped__"):
         return "its class does not go through transformers' experts registry"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance already"
+    reason = _common.reason_against_instance(module)
+    if reason is not None:
+        return reason
     if getattr(module, "has_post_expert_norm", False):
         return "a norm follows each expert (post_expert_norm)"
     arguments = activation_arguments(module)
@@ -125,7 +126,7 @@ def reason_against(module: Any) -> str | None:
             return f"{type(module).__name__}._apply_gate is not one the op computes"
         return f"activation {type(getattr(module, 'act_fn', None)).__name__} is not one the op computes"
     weights = _weights_of(module)
-    reason = _common.reason_against_weights(module, weights)
+    reason = _common.reason_against_weights(weights)
     if reason is not None:
         return reason
     if any(weight.dim() != (2 if name.endswith("bias") else 3) for name, weight in weights.items()):

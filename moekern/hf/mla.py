@@ -44,8 +44,9 @@ def reason_against(module: Any) -> str | None:
     """Why the module cannot be patched, or None."""
     if hasattr(module, "indexer"):
         return "a sparse indexer selects its keys"
-    if "forward" in module.__dict__ or "expand_kv" in module.__dict__:
-        return "its forward is replaced on the instance already"
+    reason = _common.reason_against_instance(module)
+    if reason is not None:
+        return reason
     missing = [
         name for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if not hasattr(module, name)
     ]
@@ -56,9 +57,9 @@ def reason_against(module: Any) -> str | None:
     if not _is_plain_linear(module.kv_b_proj):
         return f"kv_b_proj is a {type(module.kv_b_proj).__name__} or has a bias or hooks"
     weight = module.kv_b_proj.weight
-    return _common.reason_against_weights(
-        module, {"kv_b_proj.weight": weight}
-    ) or _common.reason_without_kernel("mla_decode", weight.device)
+    return _common.reason_against_weights({"kv_b_proj.weight": weight}) or _common.reason_without_kernel(
+        "mla_decode", weight.device
+    )
 
 
 def _is_plain_linear(projection: Any) -> bool:
@@ -162,6 +163,8 @@ def _needs_own_path(
     if not _is_plain_linear(projection) or dropout > 0 or latent.dim() != 4:
         return True
     weight = projection.weight
+    if weight.dtype not in _common.DTYPES:
+        return True
     if not query.dtype == latent.dtype == k_rope.dtype == weight.dtype or torch.is_autocast_enabled(
         query.device.type
     ):

@@ -80,13 +80,14 @@ def reason_against(module: Any) -> str | None:
     row = _common.row_of(ROUTERS, module)
     if row is None:
         return f"no row for {name}"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance already"
+    reason = _common.reason_against_instance(module)
+    if reason is not None:
+        return reason
     try:
         weight = _common.attribute(module, row.weight)
     except AttributeError as error:
         return f"its class has changed: {error}"
-    reason = _common.reason_against_weights(module, {row.weight: weight})
+    reason = _common.reason_against_weights({row.weight: weight})
     if reason is None and row.skip is not None:
         reason = row.skip(module)
     if reason is None and not isinstance(row.scoring, str) and row.scoring(module) is None:

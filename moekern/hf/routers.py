@@ -266,6 +266,6 @@ NOT_EXPRESSIBLE = {
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether the module is a router, known or not, by the name of its class."""
-    name = type(module).__name__
-    return name in ROUTERS or name.endswith(("Router", "TopKGate", "MoEGate"))
+    """Whether the module is a router, known or not, by the names of its class and their bases."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return any(name in ROUTERS or name.endswith(("Router", "TopKGate", "MoEGate")) for name in names)

@@ -171,6 +171,16 @@ def build(name: str, **config: Any) -> Any:
     return model
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another dtype as from_pretrained loads it: some classes keep some modules in fp32."""
+    model.to(dtype)
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if parameter.dtype == dtype and any(part in name for part in kept):
+            parameter.data = parameter.data.float()
+    return model
+
+
 def prompt(batch: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(7))
 
