@@ -66,6 +66,9 @@ def test_every_row_of_the_cpu_benchmark(tmp_path: Path, capsys: pytest.CaptureFi
         theirs = {name: times["median_ms"] for name, times in row["contenders"].items() if name != "moekern"}
         assert row["best"] == min(theirs, key=theirs.__getitem__)
         assert row["ratio"] == pytest.approx(theirs[row["best"]] / row["contenders"]["moekern"]["median_ms"])
+        ours = row["contenders"]["moekern"]["median_ms"]
+        assert row["ratio_to_default"] == pytest.approx(theirs[row["default"]] / ours)
+        assert row["default"] in ("sdpa + grouped_mm", "grouped_mm", "sdpa")
     assert "features" in found["environment"]["machine"]
     shown = capsys.readouterr().out
     assert all(row["case"] in shown for row in found["rows"])
@@ -98,8 +101,12 @@ def test_report_shows_every_row_and_refuses_smoke_tests(
 ) -> None:
     times = {"median_ms": 50.0, "p10_ms": 49.0, "p90_ms": 51.0, "min_ms": 48.0, "calls": 7}
     row = {
-        "case": "decode, 4096 cached", "ratio": 5.0, "at_least": 5.0, "aim": 7.0, "best": "sdpa + grouped_mm",
-        "contenders": {"sdpa + grouped_mm": {**times, "median_ms": 250.0}, "moekern": times},
+        "case": "decode, 4096 cached", "ratio": 5.0, "at_least": 5.0, "aim": 7.0, "best": "eager + grouped_mm",
+        "default": "sdpa + grouped_mm", "ratio_to_default": 6.0,
+        "contenders": {
+            "sdpa + grouped_mm": {**times, "median_ms": 300.0}, "eager + grouped_mm": {**times, "median_ms": 250.0},
+            "moekern": times,
+        },
     }  # fmt: skip
     machine = {"processor": "A Processor", "isa": "amx", "features": {"avx2": True, "amx_bf16": False}}
     versions = {"torch": "2.13.0", "transformers": "5.23.0"}
@@ -116,7 +123,7 @@ def test_report_shows_every_row_and_refuses_smoke_tests(
     text = page.read_text()
     assert "## a-machine" in text
     assert "A Processor, 2 threads, kernels run with amx (avx2)" in text
-    assert "| decode, 4096 cached | 250 ms | 50 ms | 5.00x | 5x | 7x | sdpa + grouped_mm |" in text
+    assert "| decode, 4096 cached | 50 ms | 250 ms | 5.00x | 5x | 7x | 6.00x | eager + grouped_mm |" in text
     assert main([*arguments, "--check"]) == 0
     saved.write_text(json.dumps({**result, "quick": True}))
     assert main(arguments) == 1
