@@ -116,7 +116,12 @@ def check_layout(spec: OpSpec, arguments: dict[str, Any], found: tuple[Tensor, .
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "variant", "dtype", "case"),
-    grid(dtypes=(torch.bfloat16,), cases=lambda c: not c.small, only=lambda s, v: v == best_cpu(s) != "ref"),
+    grid(
+        dtypes=(torch.bfloat16,),
+        cases=lambda c: not c.small,
+        only=lambda s, v: v == best_cpu(s) != "ref",
+        keep=lambda s, v, dtype, case: case is next(c for c in s.cases if not c.small),
+    ),
 )
 def test_numerics_of_model_shapes(spec: OpSpec, variant: str, dtype: torch.dtype, case: Case) -> None:
     yardstick.check_case(spec, variant, dtype, case)
@@ -254,6 +259,7 @@ def reference_gradients(spec: OpSpec, function: Any, arguments: dict[str, Any]) 
         dtypes=(torch.float32, torch.bfloat16),
         specs=lambda s: s.backward is not None,
         only=lambda s, v: v in ("ref", best_cpu(s)),
+        keep=lambda s, v, dtype, case: case in light_cases(s, 10 if v == "ref" else 3),
     ),
 )
 def test_gradients(spec: OpSpec, variant: str, dtype: torch.dtype, case: Case) -> None:

@@ -57,6 +57,19 @@ def error_of(got: list[Tensor], truth: list[Tensor]) -> Error:
     return Error(difference.square().mean().sqrt().item() / rms, difference.abs().max().item() / rms)
 
 
+def rounding_of(truth: list[Tensor], dtype: torch.dtype) -> Error:
+    """The error that nobody can avoid: that of rounding the truth; at most half a unit in its largest value's last place.
+
+    Where few values are large, which of them rounds luckily would decide between two equally good results.
+    """
+    error = error_of([t.to(dtype) for t in truth], truth)
+    finite = torch.cat([t[t.isfinite()].flatten().cpu() for t in truth])
+    if finite.numel() == 0 or finite.abs().max() == 0:
+        return error
+    half_unit = torch.finfo(dtype).eps / 2 * 2.0 ** torch.frexp(finite.abs().max()).exponent.sub(1).item()
+    return Error(error.rms, max(error.max, half_unit / finite.square().mean().sqrt().item()))
+
+
 @functools.cache
 def sequential_sum(length: int) -> Error:
     """What a plain fp32 loop over `length` products errs, measured over random data."""
@@ -87,18 +100,20 @@ class Sample:
 
 
 @functools.lru_cache(maxsize=3)  # the variants of one case follow each other
-def samples(name: str, case: Case, dtype: torch.dtype, device: str, limit: int) -> tuple[Sample, ...]:
+def samples(
+    name: str, case: Case, dtype: torch.dtype, device: str, seeds: int, pool: int
+) -> tuple[Sample, ...]:
     """Inputs of one case with the truth and what the model's own code makes of them, enough to fill the pool."""
     from moekern.ops import SPECS
 
     spec, found, size = SPECS[name], [], 0
-    for seed in range(limit):
+    for seed in range(seeds):
         arguments = make(spec, case, dtype, seed, device)
         truth = evaluate(spec, spec.ref, in_fp64(arguments))
         model = evaluate(spec, spec.model or spec.ref, arguments)
         found.append(Sample(arguments, truth, model))
         size += max((t.numel() for t in truth), default=0)
-        if size >= POOL or size == 0:
+        if size >= pool or size == 0:
             break
     return tuple(found)
 
@@ -132,8 +147,18 @@ def check_case(
     spec: OpSpec, variant: str, dtype: torch.dtype, case: Case
 ) -> list[tuple[dict[str, Any], tuple[Tensor, ...]]]:
     """One backend on one case against the yardstick; returns the arguments and results of each sample."""
-    limit = 1 if variant == "triton" or not case.small else MAX_SEEDS
-    found = samples(spec.name, case, dtype, str(device_of(variant)), limit)
+    few = 1 if variant == "triton" or not case.small else MAX_SEEDS
+    try:
+        return judge(spec, variant, dtype, case, few, POOL)
+    except AssertionError:
+        # The largest of a few errors is a matter of luck; a wrong kernel stays wrong over a larger pool.
+        return judge(spec, variant, dtype, case, few * 8, POOL * 8)
+
+
+def judge(
+    spec: OpSpec, variant: str, dtype: torch.dtype, case: Case, seeds: int, pool: int
+) -> list[tuple[dict[str, Any], tuple[Tensor, ...]]]:
+    found = samples(spec.name, case, dtype, str(device_of(variant)), seeds, pool)
     results = [call(spec, variant, sample.arguments) for sample in found]
     check_results(spec, list(found), results, dtype)
     return [(s.arguments, r) for s, r in zip(found, results, strict=True)]
@@ -174,8 +199,7 @@ def check_error(
     """One floating result against its bound; `max_slack` widens that of the largest error."""
     bound = sequential_sum(length) * SUM_FACTOR
     if kind == "model":
-        rounded = error_of([t.to(dtype) for t in truth], truth)  # an error that nobody can avoid
-        allowed = (error_of(model, truth) | rounded) * MODEL_FACTOR
+        allowed = (error_of(model, truth) | rounding_of(truth, dtype)) * MODEL_FACTOR
         bound = bound | allowed if dtype == torch.float32 else allowed
     ours = error_of(got, truth)
     assert ours.rms <= bound.rms, f"{what}: RMS error {ours.rms:.3g}, at most {bound.rms:.3g} allowed"
