@@ -126,7 +126,8 @@ struct GroupedGemm {
       RowGroup<T> h[2];
       groups_of(m, act, segments[following / blocks].expert, static_cast<int>(following % blocks), h, first,
                 &step);
-      ahead = Prefetcher(h, m.k, steps * ((panels + 1) / 2));
+      // At least one step: an inner dimension below kDepth is all tail.
+      ahead = Prefetcher(h, m.k, std::max(steps, 1) * ((panels + 1) / 2));
     }
     const int64_t panel_stride = k_padded() * width;
     const T* from = x + s.slot * k_padded();

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, cast, generate, outputs, prompt
+from hf.families import FAMILIES, build, cast, generate, outputs, prompt
 from torch import nn
 
 import moekern

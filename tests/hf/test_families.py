@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, generate, outputs, prompt
+from hf.families import FAMILIES, build, generate, outputs, prompt
 from torch import nn
 
 import moekern

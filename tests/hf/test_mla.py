@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import SIZES, build, generate, outputs, prompt
+from hf.families import SIZES, build, generate, outputs, prompt
 
 import moekern
 from moekern.hf import mla

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, cast, outputs, prompt
+from hf.families import FAMILIES, build, cast, outputs, prompt
 
 import moekern
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, generate, outputs, prompt
+from hf.families import build, generate, outputs, prompt
 from torch import nn
 
 import moekern
