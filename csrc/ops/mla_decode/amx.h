@@ -20,7 +20,7 @@ template <>
 class AmxAttention<bfloat16> {
  public:
   // Rows `first` .. first + rows (a multiple of 16) of one sequence; scratch holds p.scratch_size() floats.
-  AmxAttention(const MlaDecodeParams& p, const bfloat16* queries, int64_t first, int64_t rows, float* scratch,
+  AmxAttention(const MlaDecodeParams& p, const float* queries, int64_t first, int64_t rows, float* scratch,
                float* partial, float* maxima, float* sums)
       : p_(p),
         first_(first),
@@ -62,20 +62,33 @@ class AmxAttention<bfloat16> {
 
   static constexpr int64_t kTile = 512;  // bf16 in a tile
 
-  void pack_queries(const bfloat16* queries) {
+  // Tiles of B: for each 32 columns the queries rounded to bf16 and, of the absorbed part, what the rounding
+  // left: of the two roundings on the way to the output this one would weigh more than that of the softmax
+  // weights.
+  void pack_queries(const float* queries) {
+    bfloat16* to = queries_;
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       for (int64_t k = 0; k < width_; k += 32) {
-        __m512i r[16];
+        __m512i high[16], low[16];
         for (int64_t m = 0; m < 16; ++m) {
           const int64_t row = tile * 16 + m;
-          r[m] = first_ + row < p_.rows() ? _mm512_loadu_si512(queries + row * width_ + k)
-                                          : _mm512_setzero_si512();
+          const bool real = first_ + row < p_.rows();
+          const VecF a = real ? load(queries + row * width_ + k) : zero();
+          const VecF b = real ? load(queries + row * width_ + k + 16) : zero();
+          alignas(64) bfloat16 rounded[32];
+          _mm512_store_si512(rounded, high[m] = (__m512i)_mm512_cvtne2ps_pbh(b, a));
+          low[m] = (__m512i)_mm512_cvtne2ps_pbh(b - load(rounded + 16), a - load(rounded));
         }
-        transpose_16x16(r);
-        bfloat16* to = queries_ + tile * 16 * width_ + k * 16;
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, r[i]);
+        to = pack_tile(high, to);
+        if (k < rank_) to = pack_tile(low, to);
       }
     }
+  }
+
+  static bfloat16* pack_tile(__m512i* rows, bfloat16* to) {
+    transpose_16x16(rows);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, rows[i]);
+    return to + kTile;
   }
 
   // Visible rows side by side and zero-padded; zeros for the others, so that nothing unseen is read.
@@ -118,22 +131,38 @@ class AmxAttention<bfloat16> {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const bfloat16* q = queries_ + tile * 16 * width_;
-    const auto multiply = [&](const bfloat16* rows, int64_t stride) {
-      const int64_t bytes = stride * 2;
+    const bfloat16* q = queries_ + tile * 16 * (width_ + rank_);
+    for (int64_t k = 0; k < rank_; k += 32, q += 2 * kTile) {
+      const bfloat16* rows = latent.data + k;
+      const int64_t bytes = latent.stride * 2;
+      _tile_loadd(4, q, 64);
+      _tile_loadd(5, q + kTile, 64);
+      _tile_loadd(6, rows, bytes);
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_loadd(7, rows + 16 * latent.stride, bytes);
+      _tile_dpbf16ps(1, 7, 4);
+      _tile_dpbf16ps(0, 6, 5);
+      _tile_loadd(6, rows + 32 * latent.stride, bytes);
+      _tile_dpbf16ps(1, 7, 5);
+      _tile_dpbf16ps(2, 6, 4);
+      _tile_loadd(7, rows + 48 * latent.stride, bytes);
+      _tile_dpbf16ps(3, 7, 4);
+      _tile_dpbf16ps(2, 6, 5);
+      _tile_dpbf16ps(3, 7, 5);
+    }
+    for (int64_t k = 0; k < width_ - rank_; k += 32, q += kTile) {
+      const bfloat16* rows = k_rope.data + k;
+      const int64_t bytes = k_rope.stride * 2;
       _tile_loadd(4, q, 64);
       _tile_loadd(5, rows, bytes);
-      _tile_loadd(6, rows + 16 * stride, bytes);
       _tile_dpbf16ps(0, 5, 4);
-      _tile_loadd(7, rows + 32 * stride, bytes);
+      _tile_loadd(6, rows + 16 * k_rope.stride, bytes);
       _tile_dpbf16ps(1, 6, 4);
-      _tile_loadd(5, rows + 48 * stride, bytes);
+      _tile_loadd(7, rows + 32 * k_rope.stride, bytes);
       _tile_dpbf16ps(2, 7, 4);
+      _tile_loadd(5, rows + 48 * k_rope.stride, bytes);
       _tile_dpbf16ps(3, 5, 4);
-      q += kTile;
-    };
-    for (int64_t k = 0; k < rank_; k += 32) multiply(latent.data + k, latent.stride);
-    for (int64_t k = 0; k < width_ - rank_; k += 32) multiply(k_rope.data + k, k_rope.stride);
+    }
     _tile_stored(0, scores_, 64);
     _tile_stored(1, scores_ + 256, 64);
     _tile_stored(2, scores_ + 512, 64);

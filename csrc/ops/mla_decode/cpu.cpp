@@ -40,6 +40,15 @@ struct Workspace {
   float* take() { return scratch + users.fetch_add(1, std::memory_order_relaxed) * scratch_size; }
 };
 
+// parallel_dynamic, unless all of it is less work than waking a thread (`work` multiplications and
+// additions).
+template <class Body>
+void for_items(int64_t count, int64_t work, Body&& body) {
+  if (work > 200'000) return parallel_dynamic(count, body);
+  int64_t item = 0;
+  body([&]() -> int64_t { return item < count ? item++ : -1; });
+}
+
 template <class From, class To>
 inline void convert(const From* from, To* to, int64_t count) {
   int64_t i = 0;
@@ -48,15 +57,14 @@ inline void convert(const From* from, To* to, int64_t count) {
 }
 
 // Rows of queries as the attention reads them: q_nope W_UK, zeros, q_rope, zeros.
-template <class T, class Stored>
+template <class T>
 void absorb(const MlaDecodeParams& p, Workspace& work) {
   const auto* q = static_cast<const T*>(p.q);
   const auto* w = static_cast<const T*>(p.w_kv_b);
-  auto* queries = reinterpret_cast<Stored*>(work.queries);
   const int64_t width = p.padded_width(), padded_rank = p.padded_rank(), tokens = p.batch * p.queries;
   const int64_t nope_stride = (p.nope + 15) / 16 * 16;
   work.users = 0;
-  parallel_dynamic(p.heads, [&](auto next) {
+  for_items(p.heads, tokens * p.heads * p.nope * p.rank, [&](auto next) {
     float* nope = work.take();
     float* sum = nope + kMlaHeadRows * nope_stride;
     for (int64_t head = next(); head >= 0; head = next()) {
@@ -75,10 +83,10 @@ void absorb(const MlaDecodeParams& p, Workspace& work) {
         for (int64_t m = 0; m < count; ++m) {
           const int64_t token = begin + m;
           const int64_t row = token % p.queries * p.heads + head;
-          Stored* to = queries + (token / p.queries * p.padded_rows() + row) * width;
+          float* to = work.queries + (token / p.queries * p.padded_rows() + row) * width;
           convert(sum + m * padded_rank, to, padded_rank);
           convert(q_row(token) + p.nope, to + padded_rank, p.rope);
-          std::fill(to + padded_rank + p.rope, to + width, Stored{});
+          std::fill(to + padded_rank + p.rope, to + width, 0.0f);
         }
       }
     }
@@ -137,11 +145,10 @@ void attend_block(const MlaDecodeParams& p, const Block<T>& block, const float* 
 // Attends to the runs of positions; one item is one run, one group of rows of one sequence.
 template <class T, bool kAmx>
 void attend(const MlaDecodeParams& p, Workspace& work) {
-  using Stored = std::conditional_t<kAmx, bfloat16, float>;
-  const auto* queries = reinterpret_cast<const Stored*>(work.queries);
   const int64_t run = p.split_positions(), groups = p.num_groups();
   work.users = 0;
-  parallel_dynamic(p.batch * p.num_splits * groups, [&](auto next) {
+  const int64_t work_size = p.batch * p.rows() * p.positions * (2 * p.rank + p.rope);
+  for_items(p.batch * p.num_splits * groups, work_size, [&](auto next) {
     float* scratch = work.take();
     [[maybe_unused]] const AmxScope<kAmx> tiles;
     Block<T> block;
@@ -153,23 +160,24 @@ void attend(const MlaDecodeParams& p, Workspace& work) {
       const int64_t first = group * kMlaGroupRows;
       const int64_t rows = std::min<int64_t>(kMlaGroupRows, (kAmx ? p.padded_rows() : p.rows()) - first);
       const int64_t at = (b * p.num_splits + split) * p.padded_rows() + first;
-      const Stored* q = queries + (b * p.padded_rows() + first) * p.padded_width();
+      const float* q = work.queries + (b * p.padded_rows() + first) * p.padded_width();
       float* partial = work.partial + at * p.padded_rank();
       std::fill(partial, partial + rows * p.padded_rank(), 0.0f);
       std::fill(work.maxima + at, work.maxima + at + rows, kNothing);
       std::fill(work.sums + at, work.sums + at + rows, 0.0f);
+      const auto each_block = [&](auto add) {
+        for (int64_t s = begin; s < end; s += kMlaBlock) {
+          find_rows(p, b, s, std::min(s + kMlaBlock, end), length, block);
+          if (block.num_visible > 0) add();
+        }
+      };
       if constexpr (kAmx) {
         AmxAttention<T> amx(p, q, first, rows, scratch, partial, work.maxima + at, work.sums + at);
-        for (int64_t s = begin; s < end; s += kMlaBlock) {
-          find_rows(p, b, s, std::min(s + kMlaBlock, end), length, block);
-          if (block.num_visible > 0) amx.add(block);
-        }
+        each_block([&] { amx.add(block); });
       } else {
-        for (int64_t s = begin; s < end; s += kMlaBlock) {
-          find_rows(p, b, s, std::min(s + kMlaBlock, end), length, block);
-          if (block.num_visible == 0) continue;
+        each_block([&] {
           attend_block(p, block, q, first, rows, scratch, partial, work.maxima + at, work.sums + at);
-        }
+        });
       }
     }
   });
@@ -202,7 +210,7 @@ void expand(const MlaDecodeParams& p, Workspace& work) {
   const int64_t padded_rank = p.padded_rank(), tokens = p.batch * p.queries;
   const int64_t value_stride = (p.value + 15) / 16 * 16;
   work.users = 0;
-  parallel_dynamic(p.heads, [&](auto next) {
+  for_items(p.heads, tokens * p.heads * p.value * p.rank, [&](auto next) {
     float* merged = work.take();
     float* values = merged + kMlaHeadRows * padded_rank;
     for (int64_t head = next(); head >= 0; head = next()) {
@@ -228,11 +236,10 @@ void expand(const MlaDecodeParams& p, Workspace& work) {
 template <class T>
 void run(const MlaDecodeParams& p) {
   Workspace work(p);
+  absorb<T>(p, work);
   if constexpr (kHaveAmx && std::is_same_v<T, bfloat16>) {
-    absorb<T, bfloat16>(p, work);
     attend<T, true>(p, work);
   } else {
-    absorb<T, float>(p, work);
     attend<T, false>(p, work);
   }
   expand<T>(p, work);

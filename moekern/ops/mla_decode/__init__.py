@@ -67,7 +67,7 @@ def mla_decode(
         ValueError, TypeError: for arguments that do not fit together.
 
     Notes:
-        fp32 accumulation; the absorbed queries and the softmax weights are rounded to the dtype of the cache.
+        fp32 accumulation; the softmax weights may be rounded to the dtype of the cache.
         Positions from `lengths` on are never read. Deterministic for one machine and thread count; no host sync.
         Traffic: (R + P) values per cached position and w_kv_b once.
 

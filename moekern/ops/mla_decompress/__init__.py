@@ -37,7 +37,7 @@ def mla_decompress(
         num_heads: H.
         nope_dim: N.
         v_width: v is padded with zeros to this width. Attention kernels that need V as wide as K (torch's CPU
-            flash attention: 25 times faster than the fallback at 16 heads, 4096 tokens) take N + P.
+            flash attention, whose fallback materialises the scores) take N + P.
         backend: forces one backend.
 
         The three tensors have one dtype and a contiguous last dimension; other strides are free.
