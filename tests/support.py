@@ -124,11 +124,6 @@ def mutated(spec: OpSpec) -> tuple[str, ...]:
     return tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-def copy_mutated(spec: OpSpec, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with fresh copies of what the op writes to. Slices of one tensor become two: same values."""
-    return {**arguments, **{name: clone_strided(arguments[name]) for name in mutated(spec)}}
-
-
 def clone_strided(value: Tensor) -> Tensor:
     """A copy with the same strides."""
     span = (
@@ -137,9 +132,14 @@ def clone_strided(value: Tensor) -> Tensor:
     return value.new_zeros(span).as_strided(value.shape, value.stride()).copy_(value)
 
 
-def evaluate(spec: OpSpec, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Calls an implementation on copies; returns what it returned and then what it wrote to."""
-    arguments = copy_mutated(spec, arguments)
+def evaluate(
+    spec: OpSpec,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    copy: Callable[[Tensor], Tensor] = clone_strided,
+) -> tuple[Tensor, ...]:
+    """Calls an implementation; returns what it returned and then what it wrote to, which are copies."""
+    arguments = {**arguments, **{name: copy(arguments[name]) for name in mutated(spec)}}
     result = function(**arguments)
     returned = () if result is None else result if isinstance(result, (tuple, list)) else (result,)
     return (*returned, *(arguments[name] for name in mutated(spec)))

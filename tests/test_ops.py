@@ -277,7 +277,7 @@ def test_gradients(spec: OpSpec, variant: str, dtype: torch.dtype, case: Case) -
         assert gradient.shape == arguments[name].shape
         yardstick.check_error([gradient], [truth[name]], [plain[name]], "model", dtype,
                               yardstick.sum_length(arguments), f"gradient of {name}",
-                              max_slack=1.5)  # one sample: the largest of a few hundred errors varies  # fmt: skip
+                              slack=1.5)  # one sample: the largest of a few hundred errors varies  # fmt: skip
 
 
 @pytest.mark.parametrize(("spec", "case"), light(4, DIFFERENTIABLE))
