@@ -38,7 +38,7 @@ def read_text(num_bytes: int) -> tuple[bytes, list[str]]:
     """
     root = PACKAGE.parent
     texts: list[tuple[str, bytes]] = []
-    if (root / "README.md").exists():
+    if (root / "pyproject.toml").exists() and (root / "README.md").exists():
         pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("C*.md"))]
         texts += [(str(page.relative_to(root)), page.read_bytes()) for page in pages]
     else:  # installed: the README is the description in the package's metadata

@@ -130,11 +130,10 @@ std::vector<std::string> directories(const std::string& root, bool v2) {
 }
 
 void tighten(MemoryBudget& budget, const std::string& directory, const Version& version) {
+  // "No limit" is "max" in v2 and about 2^63 in v1: both leave more than the machine has.
   uint64_t limit = kNone;
   for (const char* name : version.limits)
     limit = std::min(limit, read_number(directory + "/" + name).value_or(kNone));
-  // v1 writes "no limit" as the largest multiple of the page size.
-  if (limit >= static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / 4096 * 4096) return;
   uint64_t used = read_number(directory + "/" + version.usage).value_or(0);
   for (const char* key : version.reclaimable) {
     used -= std::min(used, read_field(directory + "/memory.stat", key).value_or(0));
