@@ -48,6 +48,16 @@ def linear_bias_fp32(module: Any, x: Tensor) -> Tensor:
     return F.linear(x.float(), module.weight.float(), module.bias.float())
 
 
+# Logits that `moekern::gate` computes itself -> whether in fp32 (else in the dtype of the input).
+FUSED: dict[Callable[[Any, Tensor], Tensor], bool] = {
+    linear: False,
+    linear_fp32: True,
+    linear_fp32_always: True,
+    linear_bias: False,
+    linear_bias_fp32: True,
+}
+
+
 def afmoe_logits(module: Any, x: Tensor) -> Tensor:
     return module.gate(x).to(torch.float32)
 
