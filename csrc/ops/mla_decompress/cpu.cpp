@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "common/amx.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "ops/mla_decompress/params.h"
 
 namespace moekern::MOEKERN_ISA {
@@ -116,14 +116,15 @@ void product(const MlaDecompressParams& p) {
   const int64_t chunks = (p.tokens + kChunk - 1) / kChunk;
   parallel_dynamic(p.batch * chunks * p.heads, [&](auto next) {
     const AmxScope<true> tiles;
-    const std::unique_ptr<bfloat16[]> packed(new bfloat16[width * p.rank + kTokens * p.rank]);
-    bfloat16* tail = packed.get() + width * p.rank;
+    static thread_local Scratch scratch;  // aligned: a tile row that crosses a cache line costs two loads
+    auto* packed = static_cast<bfloat16*>(scratch.get((width + kTokens) * p.rank * sizeof(bfloat16)));
+    bfloat16* tail = packed + width * p.rank;
     alignas(64) float c[4 * 256];
     for (int64_t item = next(); item >= 0; item = next()) {
       const int64_t h = item % p.heads, b = item / p.heads / chunks, first = item / p.heads % chunks * kChunk;
       const int64_t last = std::min(first + kChunk, p.tokens);
       pack_weight(static_cast<const bfloat16*>(p.w_kv_b) + h * width * p.w_stride, p.w_stride, width, p.rank,
-                  packed.get());
+                  packed);
       for (int64_t t = first; t < last; t += kTokens) {
         const int64_t count = std::min(kTokens, last - t);
         const bfloat16* latent =
@@ -137,8 +138,7 @@ void product(const MlaDecompressParams& p) {
         }
         for (int64_t column = 0; column < width; column += 32) {
           tile_fence();
-          multiply(latent, stride, packed.get() + column * p.rank, packed.get() + (column + 16) * p.rank,
-                   p.rank, c);
+          multiply(latent, stride, packed + column * p.rank, packed + (column + 16) * p.rank, p.rank, c);
           const bool key = column < p.nope;
           char* to = key ? row_of(p.k, p, b, h, t, p.nope + p.rope) + column * 2
                          : row_of(p.v, p, b, h, t, p.v_width) + (column - p.nope) * 2;
