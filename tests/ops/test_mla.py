@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moekern import _native
 from moekern.ops import SPECS, mla_cache_write, mla_decode, mla_decompress
 from moekern.ops.mla_decode import cpu, ref
-from moekern.ops.mla_decode.cases import MINICPM3, TINY, make_case
+from moekern.ops.mla_decode.cases import MINICPM3, TINY, UNUSED_PAGE, make_case
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native library is not built")
@@ -96,6 +96,21 @@ def test_pages_give_the_bits_of_a_contiguous_cache(generator: torch.Generator, d
     paged = mla_decode(**arguments, block_table=table, return_lse=True)
     dense = mla_decode(**{**arguments, "latent": latent, "k_rope": k_rope}, return_lse=True)
     assert all(torch.equal(a, b) for a, b in zip(paged, dense, strict=True))
+
+
+@pytest.mark.parametrize("page", [UNUSED_PAGE, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_page_outside_the_cache_counts_as_masked(
+    generator: torch.Generator, dtype: torch.dtype, page: int
+) -> None:
+    arguments = decode_arguments(generator, dtype, [40, 33], 4, page_size=16, **TINY)
+    arguments["block_table"][0, 1] = page
+    mask = torch.ones(2, 1, 64, dtype=torch.bool)
+    mask[0, :, 16:32] = False
+    replaced = arguments["block_table"].clone()
+    replaced[0, 1] = replaced[0, 0]
+    masked = mla_decode(**{**arguments, "block_table": replaced}, mask=mask)
+    assert torch.equal(mla_decode(**arguments), masked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
