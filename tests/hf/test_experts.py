@@ -72,6 +72,23 @@ def test_sentinel_ids_contribute_nothing(name: str) -> None:
     assert torch.equal(out[2], torch.zeros(32))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_activations_wider_than_the_weights(name: str) -> None:
+    """Under autocast a bf16 model hands its experts the fp32 output of a norm; the class casts it to the weights."""
+    model = build(name).bfloat16()
+    moekern.patch(model)
+    module = _modules(model, "experts")[0]
+    generator = torch.Generator().manual_seed(2)
+    x, weights = torch.randn(5, 32, generator=generator), torch.rand(5, 3, generator=generator)
+    ids = torch.randint(0, 8, (5, 3), generator=generator)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mine = module(x, ids, weights)
+        moekern.unpatch(model)
+        theirs = module(x, ids, weights)
+    assert mine.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h", "aria", "deepseek_v2", "gemma4"])
 def test_gradients(name: str) -> None:
     model, ids = build(name).train(), prompt()

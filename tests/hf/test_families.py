@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +83,18 @@ def test_family(name: str, calls: Counter[str]) -> None:
 
     assert _state(model) == state
     assert torch.equal(outputs(model, ids), before)
+
+
+def _model_types(cell: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9_]+", re.sub(r"\(.*?\)", "", cell)))
+
+
+def test_readme_names_every_family() -> None:
+    """The table of supported models is what is tested here."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme.split("## Supported models")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("|")][2:]
+    families = {(family.directory or name, family.mla > 0) for name, family in FAMILIES.items()}
+    assert {
+        (kind, "latent attention" in what) for what, cell in rows for kind in _model_types(cell)
+    } == families
