@@ -33,37 +33,46 @@ struct TileSource {
   int64_t row;
 };
 
-// Asks for weights that will be read soon, in the order of memory: lines of `rows` rows, some with each tile
-// step.
+// Asks for weights that will be read soon, in the order of memory, some lines with each step.
 class Prefetcher {
  public:
   Prefetcher() = default;
   Prefetcher(const RowGroup<bfloat16> g[2], int k, int steps) {
+    if (g[0].depth != 1 || steps == 0) return;
+    int64_t bytes = 0;
     for (int i = 0; i < 2; ++i) {
-      rows_[i] = g[i].depth == 1 ? g[i].rows : 0;
-      base_[i] = reinterpret_cast<const char*>(g[i].w);
-      stride_[i] = g[i].row * 2;
+      // Rows with wide gaps between them are left to the hardware; interleaved groups span each other.
+      if (g[i].rows == 0 || g[i].row > 2 * k) continue;
+      const auto* from = reinterpret_cast<const char*>(g[i].w);
+      if (from < end_[0] && from > begin_[0]) continue;
+      begin_[i] = from;
+      end_[i] = from + ((g[i].rows - 1) * g[i].row + k) * 2;
+      bytes += end_[i] - from;
     }
-    lines_ = (k * 2 + 63) / 64;
-    per_step_ = (lines_ * kTile + steps - 1) / steps;
+    at_ = begin_[0];
+    per_step_ = static_cast<int>((bytes / 64 + steps) / steps);
   }
   void step() {
     for (int n = 0; n < per_step_; ++n) {
-      for (int i = 0; i < 2; ++i) {
-        if (row_ < rows_[i]) _mm_prefetch(base_[i] + row_ * stride_[i] + line_ * 64, _MM_HINT_T1);
+      if (at_ >= end_[range_]) {
+        if (range_ == 1) return;
+        range_ = 1;
+        at_ = begin_[1];
+        if (at_ == nullptr) {
+          per_step_ = 0;
+          return;
+        }
       }
-      if (++line_ == lines_) {
-        line_ = 0;
-        ++row_;
-      }
+      _mm_prefetch(at_, _MM_HINT_T1);
+      at_ += 64;
     }
   }
 
  private:
-  const char* base_[2] = {};
-  int64_t stride_[2] = {};
-  int rows_[2] = {};
-  int lines_ = 0, per_step_ = 0, line_ = 0, row_ = 0;
+  const char* at_ = nullptr;
+  const char* begin_[2] = {};
+  const char* end_[2] = {};
+  int range_ = 0, per_step_ = 0;
 };
 
 // One step of the inner dimension.
@@ -86,7 +95,7 @@ inline void multiply_step(const bfloat16* a0, const bfloat16* a1, int64_t row0, 
 // of 32, the two tiles at `tail`. Tokens past the panel's width are not written.
 template <int kPanels>
 inline void multiply_tiles(const TileSource a[2], const bfloat16* tail, const bfloat16* x,
-                           int64_t panel_stride, int width, int steps, Prefetcher& ahead, float* z) {
+                           int64_t panel_stride, int width, int steps, float* z) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kPanels == 2) {
@@ -97,7 +106,6 @@ inline void multiply_tiles(const TileSource a[2], const bfloat16* tail, const bf
   for (int s = 0; s < steps; ++s) {
     multiply_step<kPanels>(a[0].base + s * a[0].step, a[1].base + s * a[1].step, a[0].row, a[1].row,
                            x + s * x_step, panel_stride, x_row);
-    ahead.step();
   }
   if (tail != nullptr) {
     multiply_step<kPanels>(tail, tail + kTile * kDepth, 2 * kDepth, 2 * kDepth, x + steps * x_step,
@@ -109,6 +117,43 @@ inline void multiply_tiles(const TileSource a[2], const bfloat16* tail, const bf
     _tile_stored(2, z + 512, 64);
     _tile_stored(3, z + 768, 64);
   }
+  asm volatile("" ::: "memory");
+}
+
+// The same for packed weights a [step][group][16][32] and two full panels, a part of the inner dimension at a
+// time: adds to z unless `first`.
+inline void accumulate_tiles(const bfloat16* a, const bfloat16* x0, const bfloat16* x1, int steps, bool first,
+                             Prefetcher& ahead, float* z) {
+  constexpr int kSize = kTile * kDepth;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, z, 64);
+    _tile_loadd(1, z + 256, 64);
+    _tile_loadd(2, z + 512, 64);
+    _tile_loadd(3, z + 768, 64);
+  }
+  for (int s = 0; s < steps; ++s) {
+    _tile_loadd(6, x0, 64);
+    _tile_loadd(4, a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a + kSize, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, x1, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    ahead.step();
+    a += 2 * kSize;
+    x0 += kSize;
+    x1 += kSize;
+  }
+  _tile_stored(0, z, 64);
+  _tile_stored(1, z + 256, 64);
+  _tile_stored(2, z + 512, 64);
+  _tile_stored(3, z + 768, 64);
   asm volatile("" ::: "memory");
 }
 

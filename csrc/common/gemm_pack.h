@@ -93,7 +93,12 @@ inline void pack_group(const RowGroup<T>& g, int k0, int depth, int depth_padded
       T* to = out + r * width;
       int k = 0;
       if (r < g.rows) {
-        __builtin_memcpy(to, g.w + r * g.row + k0, depth * sizeof(T));
+        const T* from = g.w + r * g.row + k0;
+        if (depth == kDepth) {
+          __builtin_memcpy(to, from, kDepth * sizeof(T));  // a known size: vector moves, no call
+        } else {
+          __builtin_memcpy(to, from, depth * sizeof(T));
+        }
         k = depth;
       }
       for (; k < depth_padded; ++k) to[k] = none;
