@@ -83,6 +83,7 @@ CASES = (
     Case("silu", make_case(5, 8, 2, 64, 32)),
     Case("silu_many_rows", make_case(70, 3, 2, 64, 48)),
     Case("ragged", make_case(19, 5, 3, 50, 37)),
+    Case("narrower_than_a_tile", make_case(5, 4, 2, 24, 16)),
     Case("ragged_many_rows", make_case(67, 2, 2, 71, 45)),
     Case("gpt_oss_small", make_case(9, 6, 3, 64, 32, bias=True, scale=4.0, **GPT_OSS)),
     Case("gpt_oss_ragged", make_case(41, 3, 2, 46, 26, bias=True, scale=4.0, **GPT_OSS)),
