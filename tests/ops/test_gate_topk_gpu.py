@@ -59,7 +59,7 @@ SPECIAL = torch.tensor([
 )
 def test_values_that_are_no_numbers(backend: str, scoring: str, groups: tuple[int, int, str]) -> None:
     num_groups, topk_groups, group_score = groups
-    logits = SPECIAL[:, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])]
+    logits = SPECIAL
     if scoring == "sqrtsoftplus":
         logits = logits.clamp(
             max=1e30
@@ -141,6 +141,23 @@ def test_hostile_preselected_ids(backend: str, scoring: str) -> None:
     assert torch.equal(got, ids)
     torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-7)
     assert (weights[0, :3] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scoring", ref.SCORINGS)
+@pytest.mark.parametrize("bounds", [(0.0, 0.0), (0.5, 0.0), (0.0, 100.0), (0.25, 0.3)])
+def test_the_sum_is_offset_and_bounded(backend: str, scoring: str, bounds: tuple[float, float]) -> None:
+    logits = torch.rand(5, 40, generator=torch.Generator().manual_seed(7)) + 0.1
+    compare(
+        backend,
+        logits,
+        5,
+        scoring=scoring,
+        renormalize=True,
+        norm_eps=bounds[0],
+        norm_min=bounds[1],
+        scale=2.5,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

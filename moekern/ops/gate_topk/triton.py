@@ -49,8 +49,8 @@ def _keep_best_groups(key, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S
         s = tl.arange(0, BLOCK_S)[None, None, :]
         first = tl.min(tl.where(key3 == tl.expand_dims(group_key, 2), s, BLOCK_S), axis=2)
         second = tl.max(tl.where(s == tl.expand_dims(first, 2), TAKEN, key3), axis=2)
-        total = ordered_key(key_value(group_key) + key_value(second))
-        group_key = tl.where(group_key == TAKEN, TAKEN, total)
+        # A padding group becomes NaN, the lowest key, and comes after every real group of that key.
+        group_key = ordered_key(key_value(group_key) + key_value(second))
     g = tl.arange(0, BLOCK_G)[None, :]
     kept = tl.zeros([BLOCK_T, BLOCK_G], dtype=tl.int32)
     for _ in range(TOPK_GROUPS):
@@ -186,32 +186,51 @@ def run(weights: Tensor, ids: Tensor, logits: Tensor, scoring: str, bias: Tensor
         )  # fmt: skip
 
 
+def _variant(num_experts: int, num_groups: int, config: GateTopkConfig, scoring: str, dtype: str, worst: bool,
+             what: str = "", top_k: int = 64, types: dict[str, str] | None = None,
+             known: dict[str, int | None] | None = None) -> _triton.Variant:  # fmt: skip
+    """`types` replaces types of arguments, `known` makes arguments constant, as Triton does with None and with 1."""
+    top_k = min(top_k, num_experts)
+    topk_groups = max(num_groups // 2, -(-top_k * num_groups // num_experts))
+    known = {"preselected_ptr": None} if known is None else known
+    every = {
+        "logits_ptr": f"*{dtype}", "bias_ptr": "*fp32", "expert_scale_ptr": "*fp32", "preselected_ptr": "*i64",
+        "weights_ptr": "*fp32", "ids_ptr": "*i64", "num_tokens": "i32", "stride_t": "i32", "norm_eps": "fp32",
+        "norm_min": "fp32", "scale": "fp32", **(types or {}),
+    }  # fmt: skip
+    constants = _constants(config, num_experts, top_k, scoring, num_groups, topk_groups, "top2", True)
+    aligned = [n for n, t in every.items() if t.startswith("*") or n == "stride_t"]
+    return _triton.Variant(
+        name=f"E{num_experts} G{num_groups} K{top_k} {scoring} {dtype} BT{config.block_tokens}{what}",
+        kernel=_gate_topk_fwd_kernel,
+        types={n: t for n, t in every.items() if n not in known},
+        constants={**constants, **known},
+        aligned=tuple(n for n in aligned if n not in known),
+        num_warps=config.num_warps,
+        worst=worst,
+    )
+
+
 def aot_variants() -> Iterator[_triton.Variant]:
-    """Specialisations for the static gate: every configuration that `choose` returns."""
+    """Specialisations for the static gate: every configuration that `choose` returns, and what calls make of them."""
     # E, groups: rows of every width, groups whose size is and is not a power of two.
     shapes = [(e, 1) for e in (8, 64, 72, 128, 256, 512, 1024, 2048, 4096)] + [(160, 8), (256, 8), (4095, 65)]
-    configs = {
-        (e, g, choose(t, e, g, _triton.ASSUMED_SMS)): None
-        for e, g in shapes
-        for t in (1, 1 << 11, 1 << 12, 1 << 16)
-    }
-    for num_experts, num_groups, config in configs:
-        top_k = min(64, num_experts)
-        topk_groups = max(num_groups // 2, -(-top_k * num_groups // num_experts))
+    tokens = (1, 1 << 11, 1 << 12, 1 << 16)
+    configs = {(e, g, choose(t, e, g, _triton.ASSUMED_SMS)): None for e, g in shapes for t in tokens}
+    for shape in configs:
         # sqrtsoftplus has the longest score, top2 the longest selection, bias and expert_scale the most pointers.
         for scoring in ("sqrtsoftplus", *(s for s in SCORINGS if s != "sqrtsoftplus")):
             for dtype in ("fp32", "bf16", "fp16"):
-                constants = _constants(
-                    config, num_experts, top_k, scoring, num_groups, topk_groups, "top2", True
-                )
-                yield _triton.Variant(
-                    name=f"E{num_experts} G{num_groups} K{top_k} {scoring} {dtype} BT{config.block_tokens}",
-                    kernel=_gate_topk_fwd_kernel,
-                    types={"logits_ptr": f"*{dtype}", "bias_ptr": "*fp32", "expert_scale_ptr": "*fp32",
-                           "weights_ptr": "*fp32", "ids_ptr": "*i64", "num_tokens": "i32", "stride_t": "i32",
-                           "norm_eps": "fp32", "norm_min": "fp32", "scale": "fp32"},
-                    constants={**constants, "preselected_ptr": None},
-                    aligned=("logits_ptr", "bias_ptr", "expert_scale_ptr", "weights_ptr", "ids_ptr", "stride_t"),
-                    num_warps=config.num_warps,
-                    worst=(scoring, dtype) == ("sqrtsoftplus", "fp32"),
-                )  # fmt: skip
+                yield _variant(*shape, scoring, dtype, worst=(scoring, dtype) == ("sqrtsoftplus", "fp32"))
+    absent: dict[str, int | None] = {"bias_ptr": None, "expert_scale_ptr": None, "preselected_ptr": None}
+    for num_experts in (64, 256, 2048):
+        shape = (num_experts, 1, choose(1, num_experts, 1, _triton.ASSUMED_SMS))
+        for scoring in SCORINGS:
+            worst = scoring == "softmax"
+            yield _variant(*shape, scoring, "bf16", worst, " one token", 8, {}, {**absent, "num_tokens": 1})
+            yield _variant(*shape, scoring, "bf16", worst, " preselected", 8, {}, {})
+        yield _variant(
+            *shape, "softmax", "fp16", True, " int32 ids", 8, {"ids_ptr": "*i32", "stride_t": "i64"}, absent
+        )
+        yield _variant(*shape, "sqrtsoftplus", "bf16", True, " int32 preselected", 8,
+                       {"ids_ptr": "*i32", "preselected_ptr": "*i32"}, {"bias_ptr": None})  # fmt: skip
