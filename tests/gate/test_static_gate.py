@@ -46,7 +46,11 @@ def test_triton_kernels_compile_to_what_they_should(op: str) -> None:
 def test_gate_topk_reduces_in_hardware() -> None:
     """A row that fills a warp is reduced by REDUX; as shuffles a round would take five times as long."""
     for usage in aot.collect("gate_topk", every=False):
-        if " G1 " in usage.variant and int(usage.variant.split()[0][1:]) >= 512:
+        if (
+            " G1 " in usage.variant
+            and "preselected" not in usage.variant
+            and int(usage.variant.split()[0][1:]) >= 512
+        ):
             assert usage.opcodes.get("REDUX", 0) + usage.opcodes.get("CREDUX", 0) >= 2, usage.variant
 
 

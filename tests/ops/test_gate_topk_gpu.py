@@ -109,12 +109,11 @@ def test_shapes(backend: str, num_experts: int, num_groups: int, top_k: int, tie
             group_score="top2")  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "triton"])
 @pytest.mark.parametrize("num_experts", [1536, 4096])
-def test_rows_beyond_one_warp(num_experts: int) -> None:
-    if not available(SPEC, "triton"):
-        pytest.skip("no Triton")
+def test_rows_beyond_one_warp(backend: str, num_experts: int) -> None:
     logits = (torch.randn(3, num_experts, generator=torch.Generator().manual_seed(1)) * 3).round()
-    compare("triton", logits, 16, scoring="softmax_topk")
+    compare(backend, logits, 16, scoring="softmax_topk")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
