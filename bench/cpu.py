@@ -291,6 +291,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def save(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -303,12 +308,17 @@ def run(options: argparse.Namespace) -> int:
     chosen = [row for row in lab.rows() if options.only is None or options.only in row.name]
     if not chosen:
         raise ValueError(f"no row's name contains {options.only!r}")
-    rows = []
+    environment = moekern.info()
+    rows: list[dict[str, Any]] = []
     with tqdm(chosen, leave=False, disable=None, unit="row") as bar:
         for row in bar:
             bar.set_description(row.name)
             rows.append(measure(row, shapes.budget_s, lambda name: bar.set_postfix_str(name)))
-    environment = moekern.info()
+            if options.json is not None:  # after each row: an interrupted run keeps what it has
+                save(options.json, {
+                    "quick": options.quick, "threads": torch.get_num_threads(), "load": load, "rows": rows,
+                    "environment": environment,
+                })  # fmt: skip
     machine = environment["machine"]
     usable = [name for name, has in (machine["features"] or {}).items() if has]
     print(f"{machine['processor']}, {torch.get_num_threads()} threads, kernels run with {machine['isa']}")
@@ -317,15 +327,6 @@ def run(options: argparse.Namespace) -> int:
     if load > BUSY:
         print(f"load average {load:.1f} at the start: other processes disturb these numbers\n")
     print(table(rows))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "quick": options.quick,
-            "threads": torch.get_num_threads(),
-            "rows": rows,
-            "environment": environment,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
     below = [row["case"] for row in rows if row["ratio"] < row["at_least"]]
     if below:
         print(f"\nbelow the least ratio: {'; '.join(below)}")
