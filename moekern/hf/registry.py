@@ -20,28 +20,33 @@ EXPERTS_NAME = "moekern"
 MLA_NAME = "moekern_mla"
 
 
+def _register(module: Any, interface: str, name: str, function: Any) -> None:
+    # This runs inside an import of transformers: a release without the interface must not make that import fail.
+    if hasattr(module, interface):
+        getattr(module, interface).register(name, function)
+
+
 def _register_experts(module: Any) -> None:
     from moekern.hf.experts import experts_forward
 
-    module.ExpertsInterface.register(EXPERTS_NAME, experts_forward)
+    _register(module, "ExpertsInterface", EXPERTS_NAME, experts_forward)
 
 
 def _register_fp8_experts(module: Any) -> None:
     from moekern.hf.experts import fp8_experts_forward
 
-    if hasattr(module, "FP8ExpertsInterface"):
-        module.FP8ExpertsInterface.register(EXPERTS_NAME, fp8_experts_forward)
+    _register(module, "FP8ExpertsInterface", EXPERTS_NAME, fp8_experts_forward)
 
 
 def _register_attention(module: Any) -> None:
     from moekern.hf.mla import mla_attention_forward
 
-    module.AttentionInterface.register(MLA_NAME, mla_attention_forward)
+    _register(module, "AttentionInterface", MLA_NAME, mla_attention_forward)
 
 
 def _register_mask(module: Any) -> None:
     # An attention name without a mask function gets no mask at all, silently.
-    module.AttentionMaskInterface.register(MLA_NAME, module.sdpa_mask)
+    _register(module, "AttentionMaskInterface", MLA_NAME, getattr(module, "sdpa_mask", None))
 
 
 REGISTRIES: dict[str, Callable[[Any], None]] = {

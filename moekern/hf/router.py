@@ -5,7 +5,7 @@ T tokens, E experts, K selected experts per token, D model width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,7 @@ def router_forward(
     Returns:
         logits [T, E] (probabilities for Gemma 4), weights [T, K] in the dtype of the class, ids [T, K] int64.
     """
-    row = _common.row_of(ROUTERS, module)
-    assert row is not None  # patch checked
+    row = cast(Router, _common.row_of(ROUTERS, module))  # patch has found it
     if argument is None and row.argument is not None:
         argument = named.get(row.argument)
     if row.flatten:
