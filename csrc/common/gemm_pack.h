@@ -84,47 +84,6 @@ inline void load_bias(const Matrices& m, int expert, int first, int step, int ro
   for (int r = 0; r < rows; ++r) out[r] = to_float(bias[r * step]);
 }
 
-// Copies a group to [16][depth_padded], rows and depth padded with zeros, `width` elements apart.
-template <class T>
-inline void pack_group(const RowGroup<T>& g, int k0, int depth, int depth_padded, T* out, int64_t width) {
-  const T none{};
-  if (g.depth == 1) {
-    for (int r = 0; r < kTile; ++r) {
-      T* to = out + r * width;
-      int k = 0;
-      if (r < g.rows) {
-        const T* from = g.w + r * g.row + k0;
-        if (depth == kDepth) {
-          __builtin_memcpy(to, from, kDepth * sizeof(T));  // a known size: vector moves, no call
-        } else {
-          __builtin_memcpy(to, from, depth * sizeof(T));
-        }
-        k = depth;
-      }
-      for (; k < depth_padded; ++k) to[k] = none;
-    }
-    return;
-  }
-  for (int k = 0; k < depth; ++k) {
-    const T* from = g.w + (k0 + k) * g.depth;
-    for (int r = 0; r < kTile; ++r) out[r * width + k] = r < g.rows ? from[r * g.row] : none;
-  }
-  for (int r = 0; r < kTile; ++r) {
-    for (int k = depth; k < depth_padded; ++k) out[r * width + k] = none;
-  }
-}
-
-// One input row into the row-major layout.
-template <class T, class In>
-inline void pack_row(const T* from, int k, int k_padded, In* to) {
-  if constexpr (std::is_same_v<T, In>) {
-    __builtin_memcpy(to, from, k * sizeof(T));
-    std::fill(to + k, to + k_padded, In{});
-  } else {
-    for (int i = 0; i < k_padded; i += kLanes) store(to + i, i < k ? load_n(from + i, k - i) : zero());
-  }
-}
-
 #if defined(__AVX512F__)
 
 // 16 x 16 matrix of 32-bit values, in place.
@@ -154,7 +113,71 @@ inline void transpose16(__m512i v[16]) {
   }
 }
 
+// 16 rows of up to 16 fp32 weights that lie in 16 rows of [K, N], 1 or 2 apart (plain or interleaved).
+inline void turn16(const float* w, int64_t row, int64_t depth, float* out, int64_t width) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  __m512i v[16];
+  for (int i = 0; i < 16; ++i) {
+    const float* from = w + i * depth;
+    _mm_prefetch(from + 32 * depth, _MM_HINT_T0);
+    v[i] = _mm512_loadu_si512(from);
+    // The 16th of the second half is the next pair's.
+    if (row == 2) v[i] = _mm512_permutex2var_epi32(v[i], even, _mm512_maskz_loadu_epi32(0x7fff, from + 16));
+  }
+  transpose16(v);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * width, v[i]);
+}
+
 #endif
+
+// Copies a group to [16][depth_padded], rows and depth padded with zeros, `width` elements apart.
+template <class T>
+inline void pack_group(const RowGroup<T>& g, int k0, int depth, int depth_padded, T* out, int64_t width) {
+  const T none{};
+  if (g.depth == 1) {
+    for (int r = 0; r < kTile; ++r) {
+      T* to = out + r * width;
+      int k = 0;
+      if (r < g.rows) {
+        const T* from = g.w + r * g.row + k0;
+        if (depth == kDepth) {
+          __builtin_memcpy(to, from, kDepth * sizeof(T));  // a known size: vector moves, no call
+        } else {
+          __builtin_memcpy(to, from, depth * sizeof(T));
+        }
+        k = depth;
+      }
+      for (; k < depth_padded; ++k) to[k] = none;
+    }
+    return;
+  }
+  int k = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    for (; g.rows == kTile && g.row <= 2 && k + kTile <= depth; k += kTile) {
+      turn16(g.w + (k0 + k) * g.depth, g.row, g.depth, out + k, width);
+    }
+  }
+#endif
+  for (; k < depth; ++k) {
+    const T* from = g.w + (k0 + k) * g.depth;
+    for (int r = 0; r < kTile; ++r) out[r * width + k] = r < g.rows ? from[r * g.row] : none;
+  }
+  for (int r = 0; r < kTile; ++r) {
+    for (int i = depth; i < depth_padded; ++i) out[r * width + i] = none;
+  }
+}
+
+// One input row into the row-major layout.
+template <class T, class In>
+inline void pack_row(const T* from, int k, int k_padded, In* to) {
+  if constexpr (std::is_same_v<T, In>) {
+    __builtin_memcpy(to, from, k * sizeof(T));
+    std::fill(to + k, to + k_padded, In{});
+  } else {
+    for (int i = 0; i < k_padded; i += kLanes) store(to + i, i < k ? load_n(from + i, k - i) : zero());
+  }
+}
 
 #if defined(__AMX_BF16__)
 
@@ -180,6 +203,8 @@ inline void pack_panel(const bfloat16* const* rows, int count, int width, int k,
   }
 }
 
+constexpr int kTransposedAhead = 64;  // rows of [K, N]
+
 // Both groups of a block whose weights are transposed, one A tile each, from 32 rows of [K, N].
 inline void pack_transposed(const RowGroup<bfloat16> g[2], int k0, bool interleaved, bfloat16* out0,
                             bfloat16* out1) {
@@ -187,6 +212,13 @@ inline void pack_transposed(const RowGroup<bfloat16> g[2], int k0, bool interlea
   const __m512i low = _mm512_set1_epi32(0xffff);
   for (int i = 0; i < 16; ++i) {
     const bfloat16* even = g[0].w + (k0 + 2 * i) * g[0].depth;
+    // Short pieces of rows far apart: no hardware prefetcher follows them.
+    for (int j = 0; j < 2; ++j) {
+      _mm_prefetch(even + (kTransposedAhead + j) * g[0].depth, _MM_HINT_T0);
+      if (!interleaved) {
+        _mm_prefetch(g[1].w + (k0 + 2 * i + kTransposedAhead + j) * g[1].depth, _MM_HINT_T0);
+      }
+    }
     if (interleaved) {  // 32 bits hold gate and up
       const __m512i p = _mm512_loadu_si512(even), q = _mm512_loadu_si512(even + g[0].depth);
       a[i] = _mm512_or_si512(_mm512_and_si512(p, low), _mm512_slli_epi32(q, 16));
