@@ -120,6 +120,37 @@ inline void multiply_tiles(const TileSource a[2], const bfloat16* tail, const bf
   asm volatile("" ::: "memory");
 }
 
+// The same sums in the same order, one group after the other: for weights that come from memory. 16 rows are
+// 16 streams, which the hardware follows at 29 GB/s (2 cores); 32 at once reach 22 to 24.
+template <int kPanels>
+inline void stream_tiles(const TileSource a[2], const bfloat16* tail, const bfloat16* x, int64_t panel_stride,
+                         int width, int steps, float* z) {
+  const int64_t x_row = 4 * width, x_step = kDepth * width;
+  for (int g = 0; g < 2; ++g) {
+    _tile_zero(0);
+    if constexpr (kPanels == 2) _tile_zero(2);
+    const bfloat16* w = a[g].base;
+    int64_t w_row = a[g].row;
+    for (int s = 0; s < steps + (tail != nullptr); ++s) {
+      if (s == steps) {
+        w = tail + g * kTile * kDepth;
+        w_row = 2 * kDepth;
+      }
+      _tile_loadd(4, w, w_row);
+      _tile_loadd(6, x + s * x_step, x_row);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kPanels == 2) {
+        _tile_loadd(7, x + s * x_step + panel_stride, x_row);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      w += a[g].step;
+    }
+    _tile_stored(0, z + 256 * g, 64);
+    if constexpr (kPanels == 2) _tile_stored(2, z + 512 + 256 * g, 64);
+  }
+  asm volatile("" ::: "memory");
+}
+
 // The same for packed weights a [step][group][16][32] and two full panels, a part of the inner dimension at a
 // time: adds to z unless `first`.
 inline void accumulate_tiles(const bfloat16* a, const bfloat16* x0, const bfloat16* x1, int steps, bool first,

@@ -14,8 +14,8 @@ namespace moekern::MOEKERN_ISA {
 constexpr int64_t kInputBytes = int64_t{7} << 18;
 constexpr int kMaxSegmentRows = 512;
 
-// Up to this many panels load the weights in place, without asking for them ahead: the 32 rows of a block are
-// 32 streams for the hardware's prefetcher, which beats prefetch instructions there (13.3 against 10.3 GB/s a
+// Up to this many panels load the weights in place, without asking for them ahead: the rows of a block are
+// streams for the hardware's prefetcher, which beats prefetch instructions there (13.3 against 10.3 GB/s a
 // core at 8 rows an expert, where a plain sequential read reaches 11).
 constexpr int kFewPanels = 8;
 constexpr int kStepsAtOnce = 8;  // tile steps of K that many_panels copies at once: 16 KiB
@@ -141,11 +141,9 @@ struct GroupedGemm {
     alignas(64) float z[4 * kTile * kTile];
     for (int p = 0; p < panels; p += 2) {
       const int both = std::min(2, panels - p);
-      if (both == 2) {
-        multiply_tiles<2>(a, tail, from + p * panel_stride, panel_stride, width, steps, z);
-      } else {
-        multiply_tiles<1>(a, tail, from + p * panel_stride, panel_stride, width, steps, z);
-      }
+      const auto multiply = p == 0 && !copy ? (both == 2 ? stream_tiles<2> : stream_tiles<1>)
+                                            : (both == 2 ? multiply_tiles<2> : multiply_tiles<1>);
+      multiply(a, tail, from + p * panel_stride, panel_stride, width, steps, z);
       for (int q = 0; q < both; ++q) {
         const int t = (p + q) * kTile;
         sink.panel(s, b, t, std::min(kTile, s.rows - t), z + 512 * q);
