@@ -3,28 +3,10 @@
 
 #if defined(__AMX_BF16__)
 
+#include "common/amx.h"
 #include "common/gemm_pack.h"
 
 namespace moekern::MOEKERN_ISA {
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0-3: sums [16 weight rows][width tokens]; 4, 5: weights [16][32]; 6, 7: inputs [16 pairs][width][2].
-inline void configure_tiles(int width) {
-  TileConfig config;
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = 16;
-    config.bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 64 : 4 * width);
-  }
-  asm volatile("" ::"m"(config) : "memory");
-  _tile_loadconfig(&config);
-}
 
 // Where the A tiles of one group come from: [steps] tiles, `step` elements apart, rows `row` bytes apart.
 struct TileSource {
@@ -117,7 +99,7 @@ inline void multiply_tiles(const TileSource a[2], const bfloat16* tail, const bf
     _tile_stored(2, z + 512, 64);
     _tile_stored(3, z + 768, 64);
   }
-  asm volatile("" ::: "memory");
+  tile_fence();
 }
 
 // The same sums in the same order, one group after the other: for weights that come from memory. 16 rows are
@@ -148,7 +130,7 @@ inline void stream_tiles(const TileSource a[2], const bfloat16* tail, const bflo
     _tile_stored(0, z + 256 * g, 64);
     if constexpr (kPanels == 2) _tile_stored(2, z + 512 + 256 * g, 64);
   }
-  asm volatile("" ::: "memory");
+  tile_fence();
 }
 
 // The same for packed weights a [step][group][16][32] and two full panels, a part of the inner dimension at a
@@ -185,7 +167,7 @@ inline void accumulate_tiles(const bfloat16* a, const bfloat16* x0, const bfloat
   _tile_stored(1, z + 256, 64);
   _tile_stored(2, z + 512, 64);
   _tile_stored(3, z + 768, 64);
-  asm volatile("" ::: "memory");
+  tile_fence();
 }
 
 }  // namespace moekern::MOEKERN_ISA

@@ -137,7 +137,7 @@ struct GroupedGemm {
         tail = packed;
       }
     }
-    asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+    tile_fence();
     alignas(64) float z[4 * kTile * kTile];
     for (int p = 0; p < panels; p += 2) {
       const int both = std::min(2, panels - p);
@@ -165,7 +165,7 @@ struct GroupedGemm {
     for (int at = 0; at < all_steps; at += kStepsAtOnce) {
       const int steps = std::min(kStepsAtOnce, all_steps - at);
       copy_tiles(g, packed, at, steps);
-      asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+      tile_fence();
       for (int p = 0; p < pairs; ++p) {
         const T* x0 = from + 2 * p * panel + at * kTile * kDepth;
         // An odd last panel is multiplied twice, the second time for nothing.

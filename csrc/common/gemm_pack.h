@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "common/gemm.h"
-#include "common/simd.h"
+#include "common/transpose.h"
 
 namespace moekern::MOEKERN_ISA {
 
@@ -86,33 +86,6 @@ inline void load_bias(const Matrices& m, int expert, int first, int step, int ro
 
 #if defined(__AVX512F__)
 
-// 16 x 16 matrix of 32-bit values, in place.
-inline void transpose16(__m512i v[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
 // 16 rows of up to 16 fp32 weights that lie in 16 rows of [K, N], 1 or 2 apart (plain or interleaved).
 inline void turn16(const float* w, int64_t row, int64_t depth, float* out, int64_t width) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -124,7 +97,7 @@ inline void turn16(const float* w, int64_t row, int64_t depth, float* out, int64
     // The 16th of the second half is the next pair's.
     if (row == 2) v[i] = _mm512_permutex2var_epi32(v[i], even, _mm512_maskz_loadu_epi32(0x7fff, from + 16));
   }
-  transpose16(v);
+  transpose_16x16(v);
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * width, v[i]);
 }
 
@@ -198,7 +171,7 @@ inline void pack_panel(const bfloat16* const* rows, int count, int width, int k,
       const bfloat16* row = t < count ? rows[t] : nullptr;
       v[t] = row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row + k0);
     }
-    transpose16(v);
+    transpose_16x16(v);
     for (int i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(to + (k0 / 2 + i) * width, lanes, v[i]);
   }
 }
@@ -232,8 +205,8 @@ inline void pack_transposed(const RowGroup<bfloat16> g[2], int k0, bool interlea
       b[i] = _mm512_or_si512(half(other), _mm512_slli_epi32(half(other + g[1].depth), 16));
     }
   }
-  transpose16(a);
-  transpose16(b);
+  transpose_16x16(a);
+  transpose_16x16(b);
   for (int i = 0; i < 16; ++i) {
     _mm512_storeu_si512(out0 + i * kDepth, a[i]);
     _mm512_storeu_si512(out1 + i * kDepth, b[i]);

@@ -147,7 +147,7 @@ struct RowSink {
       for (int g = 0; g < 2; ++g) {
         __m512i v[16];
         for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(z + g * 256 + i * 16);
-        transpose16(v);
+        transpose_16x16(v);
         for (int i = 0; i < 16; ++i) _mm512_storeu_si512(z + g * 256 + i * 16, v[i]);
       }
     }

@@ -1,5 +1,5 @@
-#include "common/leaf.h"
 #include "ops/gate/params.h"
+#include "ops/gate_topk/bind_gating.h"
 
 namespace moekern {
 namespace {
@@ -10,18 +10,8 @@ void gate_cpu_leaf(const Tensor& x, const Tensor& weight, const std::optional<Te
                    int64_t topk_groups, bool top2, bool renormalize, double norm_eps, double norm_min,
                    double scale, const Tensor& weights, const Tensor& ids, const Tensor& logits) {
   GateParams p{};
-  p.gating.bias = data_or_null<float>(bias);
-  p.gating.expert_scale = data_or_null<float>(expert_scale);
-  p.gating.scoring = static_cast<Scoring>(scoring);
-  p.gating.num_experts = static_cast<int>(weight.size(0));
-  p.gating.top_k = static_cast<int>(weights.size(1));
-  p.gating.num_groups = static_cast<int>(num_groups);
-  p.gating.topk_groups = static_cast<int>(topk_groups);
-  p.gating.top2 = top2;
-  p.gating.renormalize = renormalize;
-  p.gating.norm_eps = static_cast<float>(norm_eps);
-  p.gating.norm_min = static_cast<float>(norm_min);
-  p.gating.scale = static_cast<float>(scale);
+  p.gating = gating_params(weight.size(0), weights.size(1), bias, expert_scale, scoring, num_groups,
+                           topk_groups, top2, renormalize, norm_eps, norm_min, scale);
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.linear_bias = data_or_null<float>(linear_bias);

@@ -1,5 +1,4 @@
-#include "common/leaf.h"
-#include "ops/gate_topk/params.h"
+#include "ops/gate_topk/bind_gating.h"
 #ifdef MOEKERN_HAVE_CUDA
 #include "common/torch_cuda.h"
 #endif
@@ -15,18 +14,8 @@ GateTopkParams to_params(const Tensor& logits, const std::optional<Tensor>& bias
                          bool renormalize, double norm_eps, double norm_min, double scale,
                          const Tensor& weights, const Tensor& ids) {
   GateTopkParams p{};
-  p.gating.bias = data_or_null<float>(bias);
-  p.gating.expert_scale = data_or_null<float>(expert_scale);
-  p.gating.scoring = static_cast<Scoring>(scoring);
-  p.gating.num_experts = static_cast<int>(logits.size(1));
-  p.gating.top_k = static_cast<int>(weights.size(1));
-  p.gating.num_groups = static_cast<int>(num_groups);
-  p.gating.topk_groups = static_cast<int>(topk_groups);
-  p.gating.top2 = top2;
-  p.gating.renormalize = renormalize;
-  p.gating.norm_eps = static_cast<float>(norm_eps);
-  p.gating.norm_min = static_cast<float>(norm_min);
-  p.gating.scale = static_cast<float>(scale);
+  p.gating = gating_params(logits.size(1), weights.size(1), bias, expert_scale, scoring, num_groups,
+                           topk_groups, top2, renormalize, norm_eps, norm_min, scale);
   p.logits = logits.const_data_ptr();
   p.preselected = data_or_null<void>(preselected);
   p.weights = static_cast<float*>(weights.mutable_data_ptr());
