@@ -25,7 +25,7 @@ STATE = "_moekern"
 class Saved:
     """What a patched module was before.
 
-    kind: "experts", "router" or "mla". replaced: attributes to put back. added: attributes to remove.
+    kind: "experts", "router", "mla" or "linear". replaced: attributes to put back. added: attributes to remove.
     A class of this package, so that unpickling a patched model imports moekern and with it the registered names.
     """
 

@@ -7,12 +7,12 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from moekern.hf import _common, experts, mla, registry, router, routers
+from moekern.hf import _common, experts, linear, mla, registry, router, routers
 from moekern.hf.report import Entry, Report
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,19 @@ _KINDS = (
     ("experts", experts.is_experts, experts.reason_against),
     ("router", routers.is_router, router.reason_against),
     ("mla", mla.is_mla, mla.reason_against),
+    ("linear", linear.is_linear, linear.reason_against),
 )
 
+# The forward that a module gets, of the kinds that are patched by one.
+_FORWARDS: dict[str, Callable[..., Any]] = {
+    "router": router.router_forward,
+    "linear": linear.linear_forward,
+}
 
-def patch(model: nn.Module, experts: bool = True, router: bool = True, mla: bool = True) -> Report:
+
+def patch(
+    model: nn.Module, experts: bool = True, router: bool = True, mla: bool = True, linear: bool = True
+) -> Report:
     """Makes a loaded transformers model run on moekern's kernels, in place.
 
     Args:
@@ -32,19 +41,23 @@ def patch(model: nn.Module, experts: bool = True, router: bool = True, mla: bool
         experts: replace the expert layers.
         router: replace the routers.
         mla: replace latent attention.
+        linear: replace the products of up to 16 rows (bf16; 2 in fp16) in large `nn.Linear` layers on the CPU. Only in
+            a model that has modules of the other kinds, whether they are asked for or not; the `kv_b_proj` of latent
+            attention is left out, as decoding does not call it.
 
     Returns:
         What was patched, and what was not and why. Patching again changes nothing and reports the same.
 
     Raises:
-        ValueError: when the model has no module of the kinds asked for.
+        ValueError: when the model has no module of the kinds asked for; a dense model has none, whatever its linear
+            layers.
         ImportError: without transformers.
 
     Notes:
         Only instances change: no class, no module of transformers and no shared config. With MOEKERN_DISABLE=1 in the
         environment nothing changes.
     """
-    report, _ = _apply(model, experts=experts, router=router, mla=mla)
+    report, _ = _apply(model, experts=experts, router=router, mla=mla, linear=linear)
     return report
 
 
@@ -56,10 +69,10 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(
-    model: nn.Module, experts: bool = True, router: bool = True, mla: bool = True
+    model: nn.Module, experts: bool = True, router: bool = True, mla: bool = True, linear: bool = True
 ) -> Iterator[Report]:
     """Patches the model inside a `with` block; modules that were patched before stay patched after it."""
-    report, changed = _apply(model, experts=experts, router=router, mla=mla)
+    report, changed = _apply(model, experts=experts, router=router, mla=mla, linear=linear)
     try:
         yield report
     finally:
@@ -72,7 +85,12 @@ def _apply(model: nn.Module, **wanted: bool) -> tuple[Report, list[nn.Module]]:
     disabled = os.environ.get("MOEKERN_DISABLE", "0") not in ("", "0")
     configs: dict[tuple[int, str], Any] = {}
     entries, changed = [], []
+    ours = [module for module in model.modules() if any(matches(module) for _, matches, _ in _KINDS[:-1])]
+    wanted["linear"] = wanted["linear"] and bool(ours)
+    unused = {module.kv_b_proj for module in ours if mla.is_mla(module)}
     for name, module in model.named_modules():
+        if module in unused:
+            continue
         for kind, matches, reason_against in _KINDS:
             if not wanted[kind] or not matches(module):
                 continue
@@ -94,10 +112,10 @@ def _apply(model: nn.Module, **wanted: bool) -> tuple[Report, list[nn.Module]]:
 
 
 def _replace(module: nn.Module, kind: str, configs: dict[tuple[int, str], Any]) -> None:
-    if kind == "router":
+    if kind in _FORWARDS:
         # A partial of a module-level function, not a closure: it pickles, and copies with the module.
         saved = _common.Saved(kind, {}, added=("forward",))
-        module.__dict__["forward"] = functools.partial(router.router_forward, module)
+        module.__dict__["forward"] = functools.partial(_FORWARDS[kind], module)
     else:
         original = module.__dict__["config"]
         added = ("expand_kv",) if kind == "mla" else ()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Entry:
     """One module that `patch` recognised.
 
-    name: dotted path in the model; kind: "experts", "router" or "mla"; class_name: its class; reason: why it was
+    name: dotted path in the model; kind: "experts", "router", "mla" or "linear"; class_name: its class; reason: why it was
     left as it is, or None when it is patched.
     """
 
