@@ -12,22 +12,27 @@ def expect(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"{op}: {message}")
 
 
-def expect_dtype(op: str, name: str, value: Tensor, expected: str, condition: bool) -> None:
+def expect_dtype(op: str, name: str, value: Tensor, expected: str, condition: bool, *values: object) -> None:
+    """`expected` is formatted with `values`, only on failure: a dtype's name takes 0.3 us to print."""
     if not condition:
-        raise TypeError(f"{op}: {name} must be {expected}; got {value.dtype}")
+        raise TypeError(f"{op}: {name} must be {expected.format(*values)}; got {value.dtype}")
 
 
 def expect_shape(
     op: str, name: str, value: Tensor, letters: str, shape: Sequence[int | None], like: Tensor | None = None
 ) -> None:
     """Rank, sizes (None: any) and, given `like`, device. `letters` is the shape in the op's own legend."""
-    fits = value.dim() == len(shape) and all(
-        want is None or got == want for got, want in zip(value.shape, shape, strict=True)
-    )
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for got, want in zip(sizes, shape):  # noqa: B905  equally long; a loop, as this runs at every call
+            if want is not None and got != want:
+                fits = False
+                break
     if not fits:
-        sizes = ", ".join("*" if n is None else str(n) for n in shape)
-        known = f" = [{sizes}]" if any(n is not None for n in shape) else ""
-        raise ValueError(f"{op}: {name} must be {letters}{known}; got {list(value.shape)}")
+        wanted = ", ".join("*" if n is None else str(n) for n in shape)
+        known = f" = [{wanted}]" if any(n is not None for n in shape) else ""
+        raise ValueError(f"{op}: {name} must be {letters}{known}; got {list(sizes)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}; got {value.device}")
 

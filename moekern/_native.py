@@ -32,12 +32,8 @@ def leaf(schema: str) -> Callable[..., None]:
     name = parsed.name.removeprefix("moekern::")
     _SCHEMAS[name] = ",".join(str(a.type).replace("Optional[Tensor]", "Tensor?") for a in parsed.arguments)
     _LIBRARY.define(schema)
-    packet = getattr(torch.ops.moekern, name)
-
-    def call(*args: Any) -> None:
-        packet.default(*args)
-
-    return call
+    overload: Callable[..., None] = getattr(torch.ops.moekern, name).default
+    return overload
 
 
 def mismatch(library: dict[str, str], expected: dict[str, str]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,9 +102,10 @@ class OpSpec:
     def __post_init__(self) -> None:
         parsed = torch._C.parse_schema(f"moekern::{self.name}{self.schema}")
         object.__setattr__(self, "arguments", tuple(a.name for a in parsed.arguments))
-        object.__setattr__(
-            self, "defaults", {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
-        )
+        defaults = {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
+        # Interned, so that `call` knows a default string by identity.
+        interned = {n: sys.intern(v) if isinstance(v, str) else v for n, v in defaults.items()}
+        object.__setattr__(self, "defaults", interned)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Every argument by keyword: torch leaves out what equals its default."""
@@ -141,8 +143,15 @@ def select(spec: OpSpec, arguments: dict[str, Any], forced: str | None) -> Backe
         if backend is None or reason is not None:
             raise RuntimeError(f"{spec.name}: backend {forced!r} was forced but cannot run: {reason}")
         return backend
-    first = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
-    order = spec.choose(**arguments) if spec.choose is not None else default_order(first.device.type)
+    if spec.choose is not None:
+        order = spec.choose(**arguments)
+    else:
+        # In the order of the schema: `arguments` begins with the defaults.
+        for argument in spec.arguments:
+            first = arguments[argument]
+            if isinstance(first, torch.Tensor):
+                break
+        order = default_order(first.device.type)
     for name in order:
         backend = spec.backends.get(name)
         if backend is not None and unavailable(backend) is None and backend.supports(**arguments) is None:
@@ -236,4 +245,15 @@ def call(spec: OpSpec, backend: str | None, **arguments: Any) -> Any:
             if value is not None and value.requires_grad:
                 values = [arguments[n] for n in spec.arguments]
                 return getattr(ops, f"{spec.name}_autograd")(*values, backend)
-    return getattr(ops, spec.name)(**arguments, backend=backend)
+    if torch.compiler.is_compiling():  # a comparison with a default would specialise a symbolic size
+        return getattr(ops, spec.name)(**arguments, backend=backend)
+    # torch takes 0.2 us to convert an argument, and leaves out what equals its default again on the way to `run`.
+    defaults = spec.defaults
+    given = {}
+    for n, v in arguments.items():
+        default = defaults.get(n, defaults)  # `defaults` itself stands for none: no argument is that dict
+        if v is not default and not (type(v) is float and v == default):
+            given[n] = v
+    if backend is not None:
+        given["backend"] = backend
+    return getattr(ops, spec.name).default(**given)

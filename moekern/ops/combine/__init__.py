@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op
-from moekern._check import expect, expect_dtype, expect_shape
+from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.combine import ref
 from moekern.ops.route import check_ids
@@ -55,7 +55,8 @@ def _check(y: Tensor, weights: Tensor, ids: Tensor | None, num_experts: int | No
     expect_dtype(op, "weights", weights, "floating", weights.dtype.is_floating_point)
     expect_shape(op, "y", y, "[T*K, D]", (weights.shape[0] * weights.shape[1], None))
     expect_dtype(op, "y", y, "floating", y.dtype.is_floating_point)
-    expect((ids is None) == (num_experts is None), op, "ids and num_experts are given together or not at all")
+    if (ids is None) != (num_experts is None):
+        raise ValueError(f"{op}: ids and num_experts are given together or not at all")
     if ids is not None:
         check_ids(op, ids, weights.shape[0], like=y)
         expect_shape(op, "ids", ids, "[T, K]", tuple(weights.shape))

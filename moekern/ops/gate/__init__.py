@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op
-from moekern._check import expect, expect_dtype, expect_shape
+from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.gate import ref
 from moekern.ops.gate_topk import check_gating
@@ -93,8 +93,8 @@ def _check(x: Tensor, weight: Tensor, linear_bias: Tensor | None, logits_dtype: 
     if linear_bias is not None:
         expect_shape(op, "linear_bias", linear_bias, "[E]", (weight.shape[0],), like=x)
         expect_dtype(op, "linear_bias", linear_bias, "floating", linear_bias.dtype.is_floating_point)
-    expect(logits_dtype in (None, torch.float32, x.dtype), op,
-           f"logits_dtype must be torch.float32 or {x.dtype} like x; got {logits_dtype}")  # fmt: skip
+    if logits_dtype not in (None, torch.float32, x.dtype):
+        raise ValueError(f"{op}: logits_dtype must be torch.float32 or {x.dtype} like x; got {logits_dtype}")
     check_gating(op, x, x.shape[0], weight.shape[0], **gating)
 
 

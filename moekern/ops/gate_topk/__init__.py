@@ -5,6 +5,7 @@ T tokens, E experts, K selected experts per token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op, _triton
-from moekern._check import expect, expect_dtype, expect_shape
+from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.gate_topk import ref
 
@@ -118,25 +119,29 @@ def check_gating(
     **_: Any,
 ) -> None:
     """The checks that gate_topk and gate share; `logits` gives the device."""
-    expect(1 <= num_experts <= MAX_EXPERTS, op, f"E must be in 1..{MAX_EXPERTS}; got {num_experts}")
-    expect(1 <= top_k <= min(num_experts, MAX_TOP_K), op,
-           f"top_k must be in 1..min(E, {MAX_TOP_K}) = {min(num_experts, MAX_TOP_K)}; got {top_k}")  # fmt: skip
-    expect(scoring in ref.SCORINGS, op, f"scoring must be one of {', '.join(ref.SCORINGS)}; got {scoring!r}")
-    expect(group_score in ref.GROUP_SCORES, op,
-           f"group_score must be one of {', '.join(ref.GROUP_SCORES)}; got {group_score!r}")  # fmt: skip
-    expect(num_groups >= 1 and num_experts % num_groups == 0, op,
-           f"num_groups must divide E = {num_experts}; got {num_groups}")  # fmt: skip
-    expect(
-        1 <= topk_groups <= num_groups,
-        op,
-        f"topk_groups must be in 1..num_groups = {num_groups}; got {topk_groups}",
-    )
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"{op}: E must be in 1..{MAX_EXPERTS}; got {num_experts}")
+    if not 1 <= top_k <= min(num_experts, MAX_TOP_K):
+        raise ValueError(
+            f"{op}: top_k must be in 1..min(E, {MAX_TOP_K}) = {min(num_experts, MAX_TOP_K)}; got {top_k}"
+        )
+    if scoring not in ref.SCORINGS:
+        raise ValueError(f"{op}: scoring must be one of {', '.join(ref.SCORINGS)}; got {scoring!r}")
+    if group_score not in ref.GROUP_SCORES:
+        raise ValueError(
+            f"{op}: group_score must be one of {', '.join(ref.GROUP_SCORES)}; got {group_score!r}"
+        )
+    if not (num_groups >= 1 and num_experts % num_groups == 0):
+        raise ValueError(f"{op}: num_groups must divide E = {num_experts}; got {num_groups}")
+    if not 1 <= topk_groups <= num_groups:
+        raise ValueError(f"{op}: topk_groups must be in 1..num_groups = {num_groups}; got {topk_groups}")
     eligible = num_experts // num_groups * topk_groups
-    expect(top_k <= eligible or preselected is not None, op,
-           f"top_k must not exceed the {eligible} experts of topk_groups groups; got {top_k}")  # fmt: skip
-    expect(
-        norm_eps >= 0 and norm_min >= 0, op, f"norm_eps and norm_min must be >= 0; got {norm_eps}, {norm_min}"
-    )
+    if top_k > eligible and preselected is None:
+        raise ValueError(
+            f"{op}: top_k must not exceed the {eligible} experts of topk_groups groups; got {top_k}"
+        )
+    if not (norm_eps >= 0 and norm_min >= 0):
+        raise ValueError(f"{op}: norm_eps and norm_min must be >= 0; got {norm_eps}, {norm_min}")
     for name, value in (("bias", bias), ("expert_scale", expert_scale)):
         if value is not None:
             expect_shape(op, name, value, "[E]", (num_experts,), like=logits)
@@ -189,12 +194,8 @@ def _run_native(leaf: Callable[..., None], logits: Tensor, top_k: int, scoring: 
     return weights, ids
 
 
-def _run_cpu(**arguments: Any) -> tuple[Tensor, Tensor]:
-    return _run_native(_cpu_leaf, **arguments)
-
-
-def _run_cuda(**arguments: Any) -> tuple[Tensor, Tensor]:
-    return _run_native(_cuda_leaf, **arguments)
+_run_cpu = functools.partial(_run_native, _cpu_leaf)
+_run_cuda = functools.partial(_run_native, _cuda_leaf)
 
 
 def _supports_cuda(logits: Tensor, **_: Any) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op
-from moekern._check import expect, expect_dtype, expect_shape
+from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.grouped_gemm import ref
 from moekern.ops.grouped_gemm.activation import ACTIVATIONS, activate, check_activation
@@ -82,10 +82,12 @@ def check_weight(
 ) -> None:
     """The check of expert matrices that the expert ops share: shape, dtype, device and a contiguous last dimension."""
     expect_shape(op, name, weight, letters, shape, like=like)
-    expect_dtype(op, name, weight, f"{like.dtype} like x", weight.dtype == like.dtype)
-    expect(weight.stride(2) == 1 or weight.shape[2] <= 1, op,
-           f"{name} must have a contiguous last dimension (call .contiguous() once, not per call); "
-           f"got strides {tuple(weight.stride())}")  # fmt: skip
+    expect_dtype(op, name, weight, "{} like x", weight.dtype == like.dtype, like.dtype)
+    if weight.stride(2) != 1 and weight.shape[2] > 1:
+        raise ValueError(
+            f"{op}: {name} must have a contiguous last dimension (call .contiguous() once, not per call); "
+            f"got strides {tuple(weight.stride())}"
+        )
 
 
 def check_bias(
@@ -93,7 +95,7 @@ def check_bias(
 ) -> None:
     if bias is not None:
         expect_shape(op, name, bias, letters, shape, like=like)
-        expect_dtype(op, name, bias, f"{like.dtype} like x", bias.dtype == like.dtype)
+        expect_dtype(op, name, bias, "{} like x", bias.dtype == like.dtype, like.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None, bias: Tensor | None,
@@ -107,7 +109,8 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None, bi
     )
     check_weight(op, "weight", weight, letters, shape, x)
     num_experts, width = weight.shape[0], weight.shape[2 if transposed else 1]
-    expect(not gated or width % 2 == 0, op, f"weight must have an even N when gated; got {width}")
+    if gated and width % 2 != 0:
+        raise ValueError(f"{op}: weight must have an even N when gated; got {width}")
     for name, value, size in (("offsets", offsets, num_experts + 1), ("gather", gather, None)):
         if value is not None:
             expect_shape(op, name, value, "[E+1]" if size else "[M]", (size,), like=x)

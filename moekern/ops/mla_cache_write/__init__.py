@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op
-from moekern._check import expect, expect_dtype, expect_rows, expect_shape
+from moekern._check import expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, Case, OpSpec
 from moekern.ops.mla_cache_write import ref
 
@@ -93,16 +93,20 @@ def _check(
     tokens, width = kv.shape
     expect_shape(op, "norm_weight", norm_weight, "[R]", (None,), like=kv)
     rank = norm_weight.shape[0]
-    expect(1 <= rank <= width, op, f"norm_weight must have 1..{width} (R + P) values; got {rank}")
+    if not 1 <= rank <= width:
+        raise ValueError(f"{op}: norm_weight must have 1..{width} (R + P) values; got {rank}")
     dim = width - rank
-    expect(dim % 2 == 0, op, f"P = kv's width - R must be even; got {width} - {rank}")
+    if dim % 2 != 0:
+        raise ValueError(f"{op}: P = kv's width - R must be even; got {width} - {rank}")
     expect_shape(op, "latent_cache", latent_cache, "[num_slots, R]", (None, rank), like=kv)
     expect_shape(op, "rope_cache", rope_cache, "[num_slots, P]", (latent_cache.shape[0], dim), like=kv)
     for name, value in (("cos", cos), ("sin", sin)):
         expect_shape(op, name, value, "[T, P / 2 or P]", (tokens, None), like=kv)
         expect_dtype(op, name, value, "floating", value.dtype.is_floating_point)
-        expect(value.shape[1] in (dim // 2, dim), op,
-               f"{name} must have P / 2 = {dim // 2} or P = {dim} columns; got {value.shape[1]}")  # fmt: skip
+        if value.shape[1] not in (dim // 2, dim):
+            raise ValueError(
+                f"{op}: {name} must have P / 2 = {dim // 2} or P = {dim} columns; got {value.shape[1]}"
+            )
     expect_shape(op, "slots", slots, "[T]", (tokens,), like=kv)
     expect_dtype(op, "slots", slots, "int32 or int64", slots.dtype in (torch.int32, torch.int64))
     for name, value in (
@@ -110,12 +114,14 @@ def _check(
         ("latent_cache", latent_cache),
         ("rope_cache", rope_cache),
     ):
-        expect_dtype(op, name, value, f"of kv's dtype {kv.dtype}", value.dtype == kv.dtype)
+        expect_dtype(op, name, value, "of kv's dtype {}", value.dtype == kv.dtype, kv.dtype)
     for name, value in (("kv", kv), ("norm_weight", norm_weight), ("latent_cache", latent_cache),
                         ("rope_cache", rope_cache)):  # fmt: skip
         expect_rows(op, name, value)
-    expect(rope in ref.ROPES, op, f"rope must be one of {', '.join(ref.ROPES)}; got {rope!r}")
-    expect(eps >= 0, op, f"eps must be >= 0; got {eps}")
+    if rope not in ref.ROPES:
+        raise ValueError(f"{op}: rope must be one of {', '.join(ref.ROPES)}; got {rope!r}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be >= 0; got {eps}")
 
 
 _cpu_leaf = _native.leaf(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern import _op
-from moekern._check import expect, expect_dtype, expect_rows, expect_shape
+from moekern._check import expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, OpSpec
 from moekern.ops.mla_decode import cpu, ref
 from moekern.ops.mla_decode.cases import CASES
@@ -104,23 +104,27 @@ def _check(
     expect_shape(op, "q", q, "[B, Q, H, N + P]", (None,) * 4)
     expect_dtype(op, "q", q, "floating", q.dtype.is_floating_point)
     batch, num_queries, num_heads, width = q.shape
-    expect(
-        1 <= num_queries <= MAX_QUERIES, op, f"q must have 1..{MAX_QUERIES} query tokens; got {num_queries}"
-    )
-    expect(num_heads >= 1, op, f"q must have at least one head; got {list(q.shape)}")
+    if not 1 <= num_queries <= MAX_QUERIES:
+        raise ValueError(f"{op}: q must have 1..{MAX_QUERIES} query tokens; got {num_queries}")
+    if num_heads < 1:
+        raise ValueError(f"{op}: q must have at least one head; got {list(q.shape)}")
     paged = block_table is not None
     letters, first = ("[num_pages, page_size, {}]", None) if paged else ("[B, S, {}]", batch)
     expect_shape(op, "latent", latent, letters.format("R"), (first, None, None), like=q)
     expect_shape(op, "k_rope", k_rope, letters.format("P"), (*latent.shape[:2], None), like=q)
     rank, rope = latent.shape[-1], k_rope.shape[-1]
-    expect(rank >= 1, op, f"latent must have a rank of at least 1; got {list(latent.shape)}")
-    expect(rope < width, op, f"q must be wider than k_rope's P = {rope}; got {width}")
+    if rank < 1:
+        raise ValueError(f"{op}: latent must have a rank of at least 1; got {list(latent.shape)}")
+    if rope >= width:
+        raise ValueError(f"{op}: q must be wider than k_rope's P = {rope}; got {width}")
     expect_shape(op, "w_kv_b", w_kv_b, "[H * (N + V), R]", (None, rank), like=q)
     rows, nope = w_kv_b.shape[0], width - rope
-    expect(rows % num_heads == 0 and rows // num_heads > nope, op,
-           f"w_kv_b must have H * (N + V) rows with H = {num_heads}, N = {nope} and V >= 1; got {rows}")  # fmt: skip
+    if rows % num_heads != 0 or rows // num_heads <= nope:
+        raise ValueError(
+            f"{op}: w_kv_b must have H * (N + V) rows with H = {num_heads}, N = {nope} and V >= 1; got {rows}"
+        )
     for name, value in (("latent", latent), ("k_rope", k_rope), ("w_kv_b", w_kv_b)):
-        expect_dtype(op, name, value, f"of q's dtype {q.dtype}", value.dtype == q.dtype)
+        expect_dtype(op, name, value, "of q's dtype {}", value.dtype == q.dtype, q.dtype)
     for name, value in (("q", q), ("latent", latent), ("k_rope", k_rope), ("w_kv_b", w_kv_b)):
         expect_rows(op, name, value)
     if lengths is not None:
@@ -129,16 +133,21 @@ def _check(
     if block_table is not None:
         expect_shape(op, "block_table", block_table, "[B, max_pages]", (batch, None), like=q)
         expect_dtype(op, "block_table", block_table, "int32", block_table.dtype == torch.int32)
-        expect(latent.shape[1] >= 1, op, f"page_size must be at least 1; got latent {list(latent.shape)}")
+        if latent.shape[1] < 1:
+            raise ValueError(f"{op}: page_size must be at least 1; got latent {list(latent.shape)}")
     if mask is not None:
         where = "block_table's max_pages * page_size" if paged else "latent's S"
         expect_dtype(op, "mask", mask, "bool", mask.dtype == torch.bool)
         positions = positions_of(latent, block_table)
         sizes = (num_queries, positions) if mask.dim() != 4 else (1, num_queries, positions)
         fits = mask.dim() in (3, 4) and mask.shape[1:] == sizes and mask.shape[0] in (1, batch)
-        expect(fits, op, f"mask must be [B, Q, S] or [B, 1, Q, S] with B = {batch} or 1, Q = {num_queries} and "
-               f"S = {positions} ({where}); got {list(mask.shape)}")  # fmt: skip
-        expect(mask.device == q.device, op, f"mask must be on {q.device}; got {mask.device}")
+        if not fits:
+            raise ValueError(
+                f"{op}: mask must be [B, Q, S] or [B, 1, Q, S] with B = {batch} or 1, Q = {num_queries} and "
+                f"S = {positions} ({where}); got {list(mask.shape)}"
+            )
+        if mask.device != q.device:
+            raise ValueError(f"{op}: mask must be on {q.device}; got {mask.device}")
     if os.environ.get("MOEKERN_CHECK") == "1":
         _check_values(latent, lengths, block_table)
 
@@ -155,16 +164,18 @@ def _check_values(latent: Tensor, lengths: Tensor | None, block_table: Tensor | 
     positions = positions_of(latent, block_table)
     longest, shortest = int(lengths.max()), int(lengths.min())
     holder = "block_table" if block_table is not None else "latent"
-    expect(
-        longest <= positions, "mla_decode", f"{holder} holds {positions} positions; got a length of {longest}"
-    )
-    expect(shortest >= 0, "mla_decode", f"lengths must be >= 0; got {shortest}")
+    if longest > positions:
+        raise ValueError(f"mla_decode: {holder} holds {positions} positions; got a length of {longest}")
+    if shortest < 0:
+        raise ValueError(f"mla_decode: lengths must be >= 0; got {shortest}")
     if block_table is not None:
         page = torch.arange(block_table.shape[1], device=lengths.device) * latent.shape[1]
         outside = (block_table < 0) | (block_table >= latent.shape[0])
         wrong = block_table[outside & (page < lengths[:, None])]
-        expect(wrong.numel() == 0, "mla_decode",
-               f"block_table must name pages in 0..{latent.shape[0] - 1} up to each length; got {wrong[:4].tolist()}")  # fmt: skip
+        if wrong.numel() != 0:
+            raise ValueError(
+                f"mla_decode: block_table must name pages in 0..{latent.shape[0] - 1} up to each length; got {wrong[:4].tolist()}"
+            )
 
 
 def fake(q: Tensor, k_rope: Tensor, w_kv_b: Tensor, **_: Any) -> tuple[Tensor, Tensor]:

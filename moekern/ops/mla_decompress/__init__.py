@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op
-from moekern._check import expect, expect_dtype, expect_rows, expect_shape
+from moekern._check import expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.mla_decompress import ref
 
@@ -74,14 +74,19 @@ def _check(
     expect_dtype(op, "latent", latent, "floating", latent.dtype.is_floating_point)
     expect_shape(op, "k_rope", k_rope, "[B, S, P]", (*latent.shape[:2], None), like=latent)
     expect_shape(op, "w_kv_b", w_kv_b, "[H * (N + V), R]", (None, latent.shape[2]), like=latent)
-    expect(num_heads >= 1, op, f"num_heads must be at least 1; got {num_heads}")
-    expect(nope_dim >= 0, op, f"nope_dim must be >= 0; got {nope_dim}")
+    if num_heads < 1:
+        raise ValueError(f"{op}: num_heads must be at least 1; got {num_heads}")
+    if nope_dim < 0:
+        raise ValueError(f"{op}: nope_dim must be >= 0; got {nope_dim}")
     rows = w_kv_b.shape[0]
-    expect(rows % num_heads == 0 and rows // num_heads > nope_dim, op,
-           f"w_kv_b must have H * (N + V) rows with H = {num_heads}, N = {nope_dim} and V >= 1; got {rows}")  # fmt: skip
-    expect(v_width >= 0, op, f"v_width must be >= 0; got {v_width}")
+    if rows % num_heads != 0 or rows // num_heads <= nope_dim:
+        raise ValueError(
+            f"{op}: w_kv_b must have H * (N + V) rows with H = {num_heads}, N = {nope_dim} and V >= 1; got {rows}"
+        )
+    if v_width < 0:
+        raise ValueError(f"{op}: v_width must be >= 0; got {v_width}")
     for name, value in (("k_rope", k_rope), ("w_kv_b", w_kv_b)):
-        expect_dtype(op, name, value, f"of latent's dtype {latent.dtype}", value.dtype == latent.dtype)
+        expect_dtype(op, name, value, "of latent's dtype {}", value.dtype == latent.dtype, latent.dtype)
     for name, value in (("latent", latent), ("k_rope", k_rope), ("w_kv_b", w_kv_b)):
         expect_rows(op, name, value)
 

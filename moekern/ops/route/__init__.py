@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _native, _op
-from moekern._check import expect, expect_dtype, expect_shape
+from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Case, OpSpec
 from moekern.ops.route import ref
 
@@ -45,12 +45,14 @@ def check_ids(op: str, ids: Tensor, num_tokens: int | None = None, like: Tensor 
     """The check of expert ids [T, K] that the expert ops share."""
     expect_shape(op, "ids", ids, "[T, K]", (num_tokens, None), like=like)
     expect_dtype(op, "ids", ids, "int32 or int64", ids.dtype in (torch.int32, torch.int64))
-    expect(ids.numel() <= MAX_PAIRS, op, f"T*K must be at most {MAX_PAIRS}; got {ids.numel()}")
+    if ids.numel() > MAX_PAIRS:
+        raise ValueError(f"{op}: T*K must be at most {MAX_PAIRS}; got {ids.numel()}")
 
 
 def _check(ids: Tensor, num_experts: int) -> None:
     check_ids("route", ids)
-    expect(num_experts >= 1, "route", f"num_experts must be >= 1; got {num_experts}")
+    if num_experts < 1:
+        raise ValueError(f"route: num_experts must be >= 1; got {num_experts}")
 
 
 def _fake(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
