@@ -7,11 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def expect(condition: bool, op: str, message: str) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {message}")
-
-
 def expect_dtype(op: str, name: str, value: Tensor, expected: str, condition: bool, *values: object) -> None:
     """`expected` is formatted with `values`, only on failure: a dtype's name takes 0.3 us to print."""
     if not condition:

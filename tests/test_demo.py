@@ -103,10 +103,12 @@ def test_text_that_is_too_short_is_an_error(capsys: pytest.CaptureFixture[str]) 
 def test_text_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = tmp_path / "moekern"
     package.mkdir()
-    (package / "module.py").write_text("x" * 5000)
+    (package / "module.py").write_text(
+        "x" * 500_000
+    )  # more than the description that comes first, if there is one
     monkeypatch.setattr(demo, "PACKAGE", package)
-    text, names = demo.read_text(5000)
-    assert len(text) == 5000
+    text, names = demo.read_text(500_000)
+    assert len(text) == 500_000
     assert names[-1] == str(Path("moekern/module.py"))
 
 

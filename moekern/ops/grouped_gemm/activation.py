@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moekern._check import expect
-
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
@@ -102,14 +100,13 @@ def check_activation(
     alpha: float,
     up_shift: float,
 ) -> None:
-    expect(
-        activation in ACTIVATIONS,
-        op,
-        f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}",
-    )
-    expect(gated or not interleaved, op, "interleaved applies to gated experts only")
-    expect(gated or up_shift == 0, op, f"up_shift applies to gated experts only; got {up_shift}")
-    expect(
-        activation == "silu" or alpha == 1, op, f"alpha applies to silu only; got {alpha} with {activation!r}"
-    )
-    expect(limit is None or limit > 0, op, f"limit must be positive or None; got {limit}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if interleaved and not gated:
+        raise ValueError(f"{op}: interleaved applies to gated experts only")
+    if up_shift != 0 and not gated:
+        raise ValueError(f"{op}: up_shift applies to gated experts only; got {up_shift}")
+    if alpha != 1 and activation != "silu":
+        raise ValueError(f"{op}: alpha applies to silu only; got {alpha} with {activation!r}")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"{op}: limit must be positive or None; got {limit}")
