@@ -95,7 +95,7 @@ def collect() -> dict[str, Any]:
     return {
         "moekern": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": "-".join((platform.system(), platform.machine(), "".join(platform.libc_ver()))),
         "versions": versions,
         "build": _native.build_note(),
         "machine": machine(),
