@@ -23,6 +23,8 @@ VENV = ROOT / ".venv"
 # dependencies stay out so that they cannot replace torch.
 TRITON = "triton==3.6.0"
 NUMPY = "numpy>=1.26,<2.4"
+# The release whose model families the suite enumerates; moekern itself takes any from 5.17 on.
+TRANSFORMERS = "transformers==5.23.0"
 
 
 def missing() -> list[str]:
@@ -83,7 +85,7 @@ def main() -> None:
     if platform.machine() in ("x86_64", "aarch64"):
         pip("--no-deps", TRITON)
     pip("setuptools>=77", "wheel", "cmake>=3.22,<5", "ninja>=1.11", "pybind11>=2.13,<4")
-    pip(NUMPY, "--no-build-isolation", "-e", ".[hf,dev]")
+    pip(NUMPY, TRANSFORMERS, "--no-build-isolation", "-e", ".[hf,dev]")
     done.write_text(stamp)
 
 
