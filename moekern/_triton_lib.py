@@ -15,6 +15,25 @@ INTERPRET: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def dot(a, b, acc):
+    """acc + a @ b with fp32 accumulation, without TF32; right for bf16 in the interpreter too."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """fp32 x rounded to nearest even in dtype, as the compiled cast does; the interpreter's bf16 cast truncates."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)  # NaN stays NaN
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def exp_nonpositive(x):
     """e^x for fp32 x <= 0 or NaN, within 2 ulp; 0 below -87.3."""
     # x = n ln2 + r with |r| <= ln2 / 2. ln2 is split so that n * hi is exact; adding 1.5 * 2^23 rounds to an integer.

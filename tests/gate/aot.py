@@ -2,13 +2,15 @@
 
 Run as a program (`python tests/gate/aot.py gate_topk [--all]`) it prints one JSON line per (variant, architecture); the
 tests run it so, because Triton decides at import whether it compiles or interprets. Results are kept in .cache/gate by
-the hash of the kernel's sources, variant and compiler.
+the hash of the kernel's sources, variant and compiler. `--write` renews the op's committed table of registers and
+shared memory, tests/gate/resources/<op>.tsv.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import importlib
 import json
@@ -18,15 +20,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "gate"
-ARCHS = (80, 86, 89, 90, 100, 120)
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may opt in to
+RESOURCES = ROOT / "tests" / "gate" / "resources"
 # Matrix instructions, oldest to newest; a kernel's kind decides which must and which must not be there.
 TENSOR_CORES = ("HMMA", "IMMA", "BMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "QGMMA", "IGMMA", "BGMMA",
                 "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA")  # fmt: skip
@@ -34,7 +35,7 @@ TENSOR_CORES = ("HMMA", "IMMA", "BMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "QGMMA"
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel uses. opcodes: instruction count by opcode without modifiers; spills: STL + LDL."""
+    """What one compiled kernel uses. opcodes: instruction count by opcode with modifiers; spills: STL + LDL."""
 
     kernel: str
     variant: str
@@ -46,7 +47,18 @@ class Usage:
     spills: int
     instructions: int
     opcodes: dict[str, int]
-    wanted_tensor_cores: str | None
+    wanted_tensor_cores: str
+    requires: tuple[str, ...] = ()
+    min_shared: int = 0
+
+    def count(self, wanted: str) -> int:
+        """Instructions with this opcode and at least these modifiers: "LDGSTS.128" counts LDGSTS.E.BYPASS.128."""
+        head, *modifiers = wanted.split(".")
+        total = 0
+        for name, n in self.opcodes.items():
+            found = name.split(".")
+            total += n if found[0] == head and set(modifiers) <= set(found) else 0
+        return total
 
 
 def tool(name: str) -> str:
@@ -58,7 +70,7 @@ def tool(name: str) -> str:
 
 def opcodes_of(sass: str) -> Counter[str]:
     """Counts opcodes in nvdisasm's output: `/*0010*/  @!P0 LDG.E.128 R4, ... ;`."""
-    found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, flags=re.M)
+    found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", sass, flags=re.M)
     return Counter(found)
 
 
@@ -112,13 +124,17 @@ def library_usages(library: Path, wanted: dict[str, dict[int, str]]) -> list[Usa
                 )
             found.append(Usage(
                 kernel=names[0], variant=mangled, arch=int(arch), worst=True, registers=resources["REG"],
-                stack=resources["STACK"], shared=resources["SHARED"], spills=opcodes["STL"] + opcodes["LDL"],
+                stack=resources["STACK"], shared=resources["SHARED"], spills=spills_of(opcodes),
                 instructions=sum(opcodes.values()), opcodes=dict(sorted(opcodes.items())),
                 wanted_tensor_cores=wanted[names[0]].get(int(arch), ""),
             ))  # fmt: skip
     CACHE.mkdir(parents=True, exist_ok=True)
     cached.write_text(json.dumps([asdict(u) for u in found]))
     return found
+
+
+def spills_of(opcodes: Counter[str]) -> int:
+    return sum(n for name, n in opcodes.items() if name.split(".")[0] in ("STL", "LDL"))
 
 
 def compile_variant(variant: Any, arch: int) -> Usage:
@@ -142,9 +158,9 @@ def compile_variant(variant: Any, arch: int) -> Usage:
         [(resources, opcodes)] = inspect(Path(file.name)).values()
     return Usage(
         kernel=kernel.__name__, variant=variant.name, arch=arch, worst=variant.worst, registers=resources["REG"],
-        stack=resources["STACK"], shared=compiled.metadata.shared, spills=opcodes["STL"] + opcodes["LDL"],
+        stack=resources["STACK"], shared=compiled.metadata.shared, spills=spills_of(opcodes),
         instructions=sum(opcodes.values()), opcodes=dict(sorted(opcodes.items())),
-        wanted_tensor_cores=variant.tensor_cores.get(arch, ""),
+        wanted_tensor_cores=variant.tensor_cores, requires=variant.requires, min_shared=variant.min_shared,
     )  # fmt: skip
 
 
@@ -153,10 +169,10 @@ def usage_of(job: tuple[str, int, int]) -> Usage:
     import triton
 
     op, index, arch = job
-    variant = variants_of(op)[index]
+    variant = variants_of(op, arch)[index]
     described = repr((triton.__version__, Path(__file__).read_bytes(), variant.kernel.cache_key, variant.name, dict(variant.types),
                       dict(variant.constants), variant.aligned, variant.num_warps, variant.num_stages,
-                      dict(variant.tensor_cores), variant.worst, arch))  # fmt: skip
+                      variant.tensor_cores, variant.requires, variant.min_shared, variant.worst, arch))  # fmt: skip
     path = CACHE / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
     if path.exists():
         return Usage(**json.loads(path.read_text()))
@@ -167,20 +183,30 @@ def usage_of(job: tuple[str, int, int]) -> Usage:
     return usage
 
 
-def variants_of(op: str) -> list[Any]:
-    return list(importlib.import_module(f"moekern.ops.{op}.triton").aot_variants())
+@functools.cache
+def variants_of(op: str, arch: int) -> list[Any]:
+    from moekern._triton import PARTS
+
+    return list(importlib.import_module(f"moekern.ops.{op}.triton").aot_variants(PARTS[arch]))
 
 
 def usages(op: str, every: bool, workers: int) -> Iterator[Usage]:
-    jobs = [(op, i, arch) for i, v in enumerate(variants_of(op)) if v.worst or every for arch in ARCHS]
+    from moekern._triton import PARTS
+
+    jobs = [(op, i, arch) for arch in PARTS for i, v in enumerate(variants_of(op, arch)) if v.worst or every]
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(usage_of, jobs, chunksize=len(ARCHS))
+        yield from pool.map(usage_of, jobs, chunksize=4)
+
+
+def resource_lines(found: Sequence[Usage]) -> list[str]:
+    """The committed table's lines: kernel, architecture, variant, registers, bytes of shared memory."""
+    rows = sorted((u.kernel, u.arch, u.variant, u.registers, u.shared) for u in found if u.worst)
+    return ["\t".join(str(value) for value in row) for row in rows]
 
 
 def collect(op: str, every: bool) -> list[Usage]:
     """The usages of an op's variants, from another process: Triton may be interpreting in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     environment["TRITON_CACHE_DIR"] = str(ROOT / ".cache" / "triton")
     command = [sys.executable, __file__, op, *(["--all"] if every else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -196,11 +222,18 @@ def main() -> None:
         "--all", action="store_true", help="every variant, not one worst case per configuration"
     )
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--write", action="store_true", help="renew the committed table of resources")
     parsed = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
+    found = []
     for usage in usages(parsed.op, parsed.all, parsed.workers):
         print(json.dumps(asdict(usage)), flush=True)
+        found.append(usage)
+    if parsed.write:
+        RESOURCES.mkdir(exist_ok=True)
+        (RESOURCES / f"{parsed.op}.tsv").write_text("\n".join(resource_lines(found)) + "\n")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # Python put this folder there instead
     main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 from gate import aot
 
 from moekern import _native
+from moekern._triton import PARTS
 from moekern.ops import SPECS
 
+TABLES_TRITON = "3.6.0"  # whose ptxas the committed tables of registers are from
 EVERY = os.environ.get("MOEKERN_GATE") == "full"
 # CUDA C++ kernel -> the matrix instruction that it has to have, by compute capability ({}: none).
 CUDA_KERNELS: dict[str, dict[int, str]] = {"gate_topk_kernel": {}}
@@ -24,11 +28,13 @@ def problems(usage: aot.Usage) -> list[str]:
     found = []
     if usage.stack or usage.spills:
         found.append(f"{usage.stack} bytes of stack, {usage.spills} spill loads and stores")
-    if usage.shared > aot.SHARED_LIMIT[usage.arch] * 1024:
-        found.append(f"{usage.shared} bytes of shared memory, at most {aot.SHARED_LIMIT[usage.arch]} KiB fit")
-    matrix = sorted(set(aot.TENSOR_CORES) & set(usage.opcodes))
+    limit = PARTS[usage.arch].shared
+    if not usage.min_shared <= usage.shared <= limit:
+        found.append(f"{usage.shared} bytes of shared memory, expected {usage.min_shared} to {limit}")
+    matrix = sorted(set(aot.TENSOR_CORES) & {name.split(".")[0] for name in usage.opcodes})
     if matrix != ([usage.wanted_tensor_cores] if usage.wanted_tensor_cores else []):
         found.append(f"matrix instructions {matrix}, expected {usage.wanted_tensor_cores or 'none'}")
+    found += [f"no {name}" for name in usage.requires if not usage.count(name)]
     return found
 
 
@@ -37,10 +43,18 @@ def problems(usage: aot.Usage) -> list[str]:
 def test_triton_kernels_compile_to_what_they_should(op: str) -> None:
     pytest.importorskip("triton")
     found = aot.collect(op, every=EVERY)
-    assert {u.arch for u in found} == set(aot.ARCHS)
+    assert {u.arch for u in found} == set(PARTS)
     assert all(u.registers > 0 and u.instructions > 0 for u in found)
     bad = {f"{u.kernel} {u.variant} sm_{u.arch}": why for u in found if (why := problems(u))}
     assert not bad, "\n".join(f"{name}: {'; '.join(why)}" for name, why in bad.items())
+    if importlib.metadata.version("triton") == TABLES_TRITON:
+        table = aot.RESOURCES / f"{op}.tsv"
+        difference = "\n".join(
+            difflib.unified_diff(table.read_text().splitlines(), aot.resource_lines(found), lineterm="", n=0)
+        )
+        assert not difference, (
+            f"{table.name}; where meant: python tests/gate/aot.py {op} --write\n{difference}"
+        )
 
 
 def test_gate_topk_reduces_in_hardware() -> None:
@@ -51,7 +65,7 @@ def test_gate_topk_reduces_in_hardware() -> None:
             and "preselected" not in usage.variant
             and int(usage.variant.split()[0][1:]) >= 512
         ):
-            assert usage.opcodes.get("REDUX", 0) + usage.opcodes.get("CREDUX", 0) >= 2, usage.variant
+            assert usage.count("REDUX") + usage.count("CREDUX") >= 2, usage.variant
 
 
 @pytest.mark.timeout(1200)
@@ -65,7 +79,7 @@ def test_cuda_kernels_compile_to_what_they_should() -> None:
     assert not bad, "\n".join(f"{name}: {'; '.join(why)}" for name, why in bad.items())
     for usage in found:
         if usage.kernel == "gate_topk_kernel":
-            assert usage.opcodes.get("REDUX", 0) + usage.opcodes.get("CREDUX", 0) >= 2, usage.variant
+            assert usage.count("REDUX") + usage.count("CREDUX") >= 2, usage.variant
 
 
 def make_usage(**changes: object) -> aot.Usage:
@@ -83,7 +97,10 @@ def make_usage(**changes: object) -> aot.Usage:
         ({"shared": 100 * 1024, "arch": 120}, "shared memory"),
         ({"opcodes": {"HMMA": 4}}, "matrix"),
         ({"opcodes": {"HMMA": 4}, "wanted_tensor_cores": "HGMMA"}, "matrix"),
-        ({"opcodes": {"HGMMA": 4}, "wanted_tensor_cores": "HGMMA"}, None),
+        ({"opcodes": {"HGMMA.64x64x16.F32.BF16": 4}, "wanted_tensor_cores": "HGMMA"}, None),
+        ({"shared": 1000, "min_shared": 2000}, "shared memory"),
+        ({"requires": ("LDGSTS.128",), "opcodes": {"LDGSTS.E.BYPASS.64": 3}}, "no LDGSTS.128"),
+        ({"requires": ("LDGSTS.128",), "opcodes": {"LDGSTS.E.BYPASS.128": 3}}, None),
     ],
 )
 def test_the_gate_sees_each_kind_of_problem(changes: dict[str, object], expected: str | None) -> None:
@@ -101,7 +118,7 @@ def test_reports_are_read_as_the_tools_print_them() -> None:
         "        /*0020*/              @UP1 UMOV UR4, 0x1 ;\n"
         "        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;\n"
     )
-    assert aot.opcodes_of(sass) == {"LDC": 1, "STL": 1, "UMOV": 1, "HGMMA": 1}
+    assert aot.opcodes_of(sass) == {"LDC": 1, "STL.64": 1, "UMOV": 1, "HGMMA.64x64x16.F32.BF16": 1}
 
 
 def test_tools_are_there() -> None:

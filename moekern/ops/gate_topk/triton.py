@@ -174,7 +174,7 @@ def run(weights: Tensor, ids: Tensor, logits: Tensor, scoring: str, bias: Tensor
         expert_scale: Tensor | None, preselected: Tensor | None) -> None:  # fmt: skip
     """Writes weights and ids. logits' last dimension and every other tensor are contiguous."""
     num_tokens, num_experts = logits.shape
-    config = choose(num_tokens, num_experts, num_groups, _triton.num_sms(logits.device))
+    config = choose(num_tokens, num_experts, num_groups, _triton.gpu_of(logits.device).num_sms)
     constants = _constants(
         config, num_experts, ids.shape[1], scoring, num_groups, topk_groups, group_score, renormalize
     )
@@ -211,12 +211,12 @@ def _variant(num_experts: int, num_groups: int, config: GateTopkConfig, scoring:
     )
 
 
-def aot_variants() -> Iterator[_triton.Variant]:
+def aot_variants(gpu: _triton.Gpu) -> Iterator[_triton.Variant]:
     """Specialisations for the static gate: every configuration that `choose` returns, and what calls make of them."""
     # E, groups: rows of every width, groups whose size is and is not a power of two.
     shapes = [(e, 1) for e in (8, 64, 72, 128, 256, 512, 1024, 2048, 4096)] + [(160, 8), (256, 8), (4095, 65)]
     tokens = (1, 1 << 11, 1 << 12, 1 << 16)
-    configs = {(e, g, choose(t, e, g, _triton.ASSUMED_SMS)): None for e, g in shapes for t in tokens}
+    configs = {(e, g, choose(t, e, g, gpu.num_sms)): None for e, g in shapes for t in tokens}
     for shape in configs:
         # sqrtsoftplus has the longest score, top2 the longest selection, bias and expert_scale the most pointers.
         for scoring in ("sqrtsoftplus", *(s for s in SCORINGS if s != "sqrtsoftplus")):
@@ -224,7 +224,7 @@ def aot_variants() -> Iterator[_triton.Variant]:
                 yield _variant(*shape, scoring, dtype, worst=(scoring, dtype) == ("sqrtsoftplus", "fp32"))
     absent: dict[str, int | None] = {"bias_ptr": None, "expert_scale_ptr": None, "preselected_ptr": None}
     for num_experts in (64, 256, 2048):
-        shape = (num_experts, 1, choose(1, num_experts, 1, _triton.ASSUMED_SMS))
+        shape = (num_experts, 1, choose(1, num_experts, 1, gpu.num_sms))
         for scoring in SCORINGS:
             worst = scoring == "softmax"
             yield _variant(*shape, scoring, "bf16", worst, " one token", 8, {}, {**absent, "num_tokens": 1})
