@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 KEYS_PER_LANE = 16  # selection keys that a lane holds in registers before a row is spread over another warp
 
@@ -30,3 +31,13 @@ def choose(num_tokens: int, num_experts: int, num_groups: int, num_sms: int) -> 
     while block_tokens > 1 and num_tokens < 4 * num_sms * block_tokens:
         block_tokens //= 2
     return GateTopkConfig(block_experts, block_tokens, num_warps)
+
+
+def candidates(num_tokens: int, num_experts: int, num_groups: int, num_sms: int) -> Iterator[GateTopkConfig]:
+    """What the tuner tries: other numbers of rows and warps per program; the slots of a row are given by the shape."""
+    picked = choose(num_tokens, num_experts, num_groups, num_sms)
+    for num_warps in sorted({max(1, picked.num_warps // 2), picked.num_warps, 2 * picked.num_warps}):
+        for block_tokens in (1, 2, 4, 8, 16):
+            # Beyond 8192 slots a program the keys no longer fit in registers.
+            if block_tokens * picked.block_experts <= max(8192, picked.block_experts):
+                yield replace(picked, block_tokens=block_tokens, num_warps=num_warps)
