@@ -183,11 +183,18 @@ def usage_of(job: tuple[str, int, int]) -> Usage:
     return usage
 
 
+def modules_of(op: str) -> list[str]:
+    """The op's modules with kernels: triton.py and triton_*.py, those that yield variants."""
+    files = sorted((ROOT / "moekern" / "ops" / op).glob("triton*.py"))
+    return [f"moekern.ops.{op}.{f.stem}" for f in files if "\ndef aot_variants(" in f.read_text()]
+
+
 @functools.cache
 def variants_of(op: str, arch: int) -> list[Any]:
     from moekern._triton import PARTS
 
-    return list(importlib.import_module(f"moekern.ops.{op}.triton").aot_variants(PARTS[arch]))
+    modules = [importlib.import_module(name) for name in modules_of(op)]
+    return [variant for module in modules for variant in module.aot_variants(PARTS[arch])]
 
 
 def usages(op: str, every: bool, workers: int) -> Iterator[Usage]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
-import importlib.util
 import os
 from pathlib import Path
 
@@ -20,7 +19,7 @@ TABLES_TRITON = "3.6.0"  # whose ptxas the committed tables of registers are fro
 EVERY = os.environ.get("MOEKERN_GATE") == "full"
 # CUDA C++ kernel -> the matrix instruction that it has to have, by compute capability ({}: none).
 CUDA_KERNELS: dict[str, dict[int, str]] = {"gate_topk_kernel": {}}
-OPS = [name for name in SPECS if importlib.util.find_spec(f"moekern.ops.{name}.triton")]
+OPS = [name for name in SPECS if aot.modules_of(name)]
 
 
 def problems(usage: aot.Usage) -> list[str]:
