@@ -213,7 +213,7 @@ def test_far_sequences(variant: str) -> None:
     assert_same(results("mla_decode", variant, latent=far(latent), k_rope=far(k_rope), **attention()), near)
 
 
-@each("mla_decompress")
+@each("mla_decompress", interpreter=True)
 def test_far_sequences_of_mla_decompress(variant: str) -> None:
     latent, k_rope = randn(2, 37, RANK), randn(2, 37, ROPE)
     common = {"w_kv_b": attention()["w_kv_b"], "num_heads": HEADS, "nope_dim": NOPE}
@@ -223,7 +223,7 @@ def test_far_sequences_of_mla_decompress(variant: str) -> None:
     torch.testing.assert_close(found, near, rtol=2**-7, atol=2**-7)
 
 
-@each("mla_cache_write")
+@each("mla_cache_write", interpreter=True)
 def test_far_slots(variant: str) -> None:
     """The caches are written in place here: a copy of them would not be virtual."""
     num_slots = 2**25 + 16

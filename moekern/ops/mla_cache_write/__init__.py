@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, Case, OpSpec
 from moekern.ops.mla_cache_write import ref
+
+MAX_TRITON_RANK = 8192  # a row is held in the registers of at most 8 warps, 32 values a lane
 
 SCHEMA = (
     "(Tensor kv, Tensor norm_weight, Tensor cos, Tensor sin, Tensor(a!) latent_cache, Tensor(b!) rope_cache, "
@@ -147,6 +149,22 @@ def _supports_cpu(kv: Tensor, **_: Any) -> str | None:
     return None if kv.dtype in SPEC.dtypes else f"dtype {kv.dtype}"
 
 
+def _run_triton(kv: Tensor, norm_weight: Tensor, cos: Tensor, sin: Tensor, latent_cache: Tensor, rope_cache: Tensor,
+                slots: Tensor, eps: float, rope: str) -> None:  # fmt: skip
+    if slots.shape[0] > 0 and latent_cache.shape[0] > 0:
+        from moekern.ops.mla_cache_write import (
+            triton,
+        )  # importing Triton takes 0.1 s, so it waits for the first call
+
+        triton.run(kv, norm_weight, cos, sin, latent_cache, rope_cache, slots, eps, rope)
+
+
+def _supports_triton(kv: Tensor, norm_weight: Tensor, **_: Any) -> str | None:
+    if norm_weight.shape[0] > MAX_TRITON_RANK:
+        return f"R = {norm_weight.shape[0]} exceeds {MAX_TRITON_RANK}"
+    return _triton.refuses(kv) or (None if kv.dtype in SPEC.dtypes else f"dtype {kv.dtype}")
+
+
 def _case(
     tokens: int, *, rank: int = 512, dim: int = 64, spare: int = 5, rope: str = "interleaved", wide: bool = False,
     angle_dtype: torch.dtype | None = torch.float32, outside: bool = False, joint: bool = False,
@@ -197,6 +215,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.mla_cache_write),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_mla_cache_write_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect_dtype, expect_rows, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.mla_decompress import ref
@@ -125,6 +125,23 @@ def _supports_cpu(latent: Tensor, **_: Any) -> str | None:
     return None if latent.dtype in SPEC.dtypes else f"dtype {latent.dtype}"
 
 
+def _run_triton(
+    latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, num_heads: int, nope_dim: int, v_width: int
+) -> tuple[Tensor, Tensor]:
+    k, v = fake(latent, k_rope, w_kv_b, num_heads, nope_dim, v_width)
+    if v.numel() > 0:
+        from moekern.ops.mla_decompress import (
+            triton,
+        )  # importing Triton takes 0.1 s, so it waits for the first call
+
+        triton.run(latent, k_rope, w_kv_b, num_heads, nope_dim, k, v)
+    return k, v
+
+
+def _supports_triton(latent: Tensor, **_: Any) -> str | None:
+    return _triton.refuses(latent) or (None if latent.dtype in SPEC.dtypes else f"dtype {latent.dtype}")
+
+
 def _bytes(
     latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, num_heads: int, nope_dim: int, v_width: int = 0
 ) -> int:
@@ -189,6 +206,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.mla_decompress),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_mla_decompress_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=("model", "model"),
