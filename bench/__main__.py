@@ -1,4 +1,4 @@
-"""`python -m bench cpu|ops|report`."""
+"""`python -m bench cpu|ops|gpu|e2e|tune|report`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_ops(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns its exit status."""
-    from bench import cpu, report
+    from bench import cpu, gpu_bench, report
 
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of moekern.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     single.add_argument("--only", metavar="TEXT", help="only the cases whose id contains TEXT")
     single.set_defaults(run=run_ops)
+    rows = commands.add_parser("gpu", help="every GPU case within a budget, missing and stale rows first")
+    gpu_bench.add_arguments(rows)
+    rows.set_defaults(run=gpu_bench.run)
     written = commands.add_parser("report", help="docs/performance.md from bench/results")
     report.add_arguments(written)
     written.set_defaults(run=report.run)

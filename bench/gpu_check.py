@@ -1,16 +1,19 @@
 """`make gpu-check OUT=dir`: build, test and measure on a machine with a GPU, offline, in an existing environment.
 
-Writes into OUT: build.log, tests.log, tests.xml, sanitizer.log and gpu_check.json, which holds everything else. The exit
-status is 0 only when all went well: 1 for a failure, 2 when this machine has no usable GPU. A skipped GPU test is a
-failure: here nothing is a reason to skip one.
+Writes into OUT: build.log, tests.log, tests.xml, sanitizer.log, bench.log, gpu_check.json (what happened) and gpu.json (the
+rows, written after each; `python -m bench report --merge OUT/gpu.json` puts them into bench/results). The exit status is 0
+only when all went well: 1 for a failure, 2 when this machine has no usable GPU. A skipped GPU test is a failure: here
+nothing is a reason to skip one. All of it ends within --limit seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,38 +23,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import ledger
+from bench import ledger, machine
 
 ROOT = ledger.ROOT
-SCHEMA = 1
-DEVICE = "cuda"
-BACKENDS = ("triton", "cuda")
-TOKENS, EXPERTS, TOP_K = (1, 64, 4096), (64, 128, 256, 512), 8
+SCHEMA = 2
+TESTS_SHARE = 0.45  # of the time left after the build; the rows have the rest, less the sanitizer's
+SANITIZER_S = 60.0
+MAX_STARTS = 5  # of the measuring process
+WRITING_S = 5.0  # kept for ending children and writing the result
 
 
 @dataclass
 class Options:
     out: Path
-    budget_s: float
+    budget: float
+    limit: float
     workers: int
     skip_build: bool
     tests: str | None
+    only: str | None
 
 
 def no_gpu() -> str | None:
     """Why nothing can be checked here, or None."""
     if importlib.util.find_spec("torch") is None:
         return f"{sys.executable} has no torch; name the interpreter that has with PY=..."
-    import torch
-
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no GPU (driver, CUDA_VISIBLE_DEVICES)"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"compute capability {major}.{minor}; moekern needs 8.0 (Ampere) or newer"
-    return None
+    return machine.no_gpu()
 
 
 def environment() -> dict[str, str]:
@@ -62,16 +59,23 @@ def environment() -> dict[str, str]:
     return kept
 
 
-def run_logged(command: Sequence[str], log: Path, timeout_s: float, env: dict[str, str]) -> tuple[int, str]:
-    """Exit status and the end of the output, all of which goes to `log`. 124: it ran out of time."""
+def run_logged(
+    command: Sequence[str], log: Path, timeout_s: float, env: dict[str, str], mode: str = "w"
+) -> tuple[int, str]:
+    """Exit status and the end of the output, all of which goes to `log`. 124: it ran out of time and was killed with every
+    process it had started."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
+    with log.open(mode) as stream:
         stream.write(f"$ {' '.join(command)}\n")
         stream.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            status = subprocess.run(command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT,
-                                    timeout=max(timeout_s, 1.0)).returncode  # fmt: skip
+            status = process.wait(timeout=max(timeout_s, 1.0))
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             status = 124
     return status, log.read_text(errors="replace")[-3000:]
 
@@ -138,84 +142,45 @@ def run_tests(options: Options, timeout_s: float) -> dict[str, Any]:
 
 
 def sanitize(options: Options, timeout_s: float) -> dict[str, Any]:
-    """compute-sanitizer's memcheck over the short cases of the CUDA kernels; a machine may not have or allow it."""
+    """compute-sanitizer's memcheck over the short cases of every kernel; a machine may not have or allow it."""
     found = shutil.which("compute-sanitizer")
     if found is None:
         return {"ran": False, "reason": "compute-sanitizer is not on PATH"}
     env = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
-    command = [found, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu",
-               "-p", "no:cacheprovider", "tests/ops/test_gate_topk_gpu.py", "-k", "cuda and (shapes or hostile)"]  # fmt: skip
+    command = [found, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "bench.sanitized"]
     status, tail = run_logged(command, options.out / "sanitizer.log", timeout_s, env)
-    if "Device not supported" in tail or "device is not supported" in tail:
+    if "device not supported" in tail.lower() or "device is not supported" in tail.lower():
         return {"ran": False, "reason": "compute-sanitizer does not support this device or virtual machine"}
     if status == 124:
         return {"ran": False, "reason": f"not done after {timeout_s:.0f} s"}
     return {"ran": True, "status": status, "tail": tail if status else ""}
 
 
-def torch_gate(logits: Any) -> Any:
-    """The router of Qwen3-MoE as transformers writes it, after its linear layer."""
-    import torch
-
-    weights = torch.nn.functional.softmax(logits, dtype=torch.float, dim=-1)
-    weights, ids = torch.topk(weights, TOP_K, dim=-1)
-    weights /= weights.sum(dim=-1, keepdim=True)
-    return weights.to(logits.dtype), ids
-
-
-def measure_gate_topk(deadline: float) -> list[dict[str, Any]]:
-    """One row per (tokens, experts, contender); the contenders of a shape are timed one after the other on the same data."""
-    import torch
-
-    from bench import gpu_timing
-    from moekern import _op
-    from moekern.ops import SPECS, gate_topk
-
-    spec, rows = SPECS["gate_topk"], []
-    contenders: dict[str, Any] = {"torch": torch_gate}
-    for name in BACKENDS:
-        reason = _op.unavailable(spec.backends[name])
-        if reason is not None:
-            raise RuntimeError(
-                f"gate_topk: backend {name} is not available on a machine with a GPU: {reason}"
-            )
-        contenders[name] = lambda x, name=name: gate_topk(x, TOP_K, renormalize=True, backend=name)
-    for num_tokens in TOKENS:
-        for num_experts in EXPERTS:
-            size = num_tokens * num_experts * 2
-            sets = gpu_timing.set_count(size, ledger.l2_bytes())
-            generator = torch.Generator(DEVICE).manual_seed(0)
-            whole = torch.randn(
-                sets, num_tokens, num_experts, device=DEVICE, dtype=torch.bfloat16, generator=generator
-            )
-            inputs = list(whole.unbind())
-            moved = spec.bytes(**spec.bind((), {"logits": inputs[0], "top_k": TOP_K}))
-            for name, call in contenders.items():
-                row: dict[str, Any] = {
-                    "op": "gate_topk", "case": f"T{num_tokens} E{num_experts} K{TOP_K} softmax renormalize bf16",
-                    "backend": name, "bytes": moved, "input_sets": sets, "method": "cuda_graph",
-                    "source_hash": ledger.source_hash("gate_topk") if name != "torch" else None,
-                }  # fmt: skip
-                if time.monotonic() > deadline:
-                    rows.append(row | {"missing": "out of time"})
-                    continue
-                row |= ledger.statistics_of(gpu_timing.time_in_graph(call, inputs))
-                row["gbytes_per_s"] = moved / row["median_us"] / 1e3
-                rows.append(row)
-    return rows
-
-
-def measure(deadline: float) -> dict[str, Any]:
-    import torch
-
-    from bench import gpu_timing
-
-    with torch.no_grad():
-        return {
-            "copy_gbytes_per_s": gpu_timing.copy_bandwidth(),
-            "empty_graph_node": ledger.statistics_of(gpu_timing.empty_node_times()),
-            "rows": measure_gate_topk(deadline),
-        }
+def run_bench(options: Options, timeout_s: float) -> dict[str, Any]:
+    """The rows, in a process of their own: one that hangs is killed with what it has written kept, and one that breaks the
+    GPU context is started again behind the case that broke it."""
+    path, log = options.out / "gpu.json", options.out / "bench.log"
+    path.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    end = time.monotonic() + min(timeout_s, options.budget)
+    starts = 0
+    while True:
+        left = end - time.monotonic()
+        command = [sys.executable, "-m", "bench", "gpu", "--out", str(options.out), "--budget", f"{left:.0f}"]
+        command += ["--only", options.only] if options.only else []
+        # The budget is the child's own; the timeout is for one that hangs.
+        status, tail = run_logged(command, log, left + WRITING_S, environment(), "a")
+        starts += 1
+        rows = json.loads(path.read_text()) if path.exists() else {}
+        if rows.get("ended") or status in (2, 124) or starts == MAX_STARTS or end - time.monotonic() < 30:
+            break
+    failed = dict(rows.get("failed", {}))
+    if rows.get("running"):
+        failed[rows["running"]] = f"still measured when the time was over (status {status})"
+    return {
+        "status": 0 if rows.get("ended") else status or 1, "starts": starts, "rows": len(rows.get("rows", [])), "failed": failed,
+        "left": rows.get("left", []), "tail": "" if rows.get("ended") else tail,
+    }  # fmt: skip
 
 
 def problems_of(result: dict[str, Any]) -> list[str]:
@@ -238,78 +203,77 @@ def problems_of(result: dict[str, Any]) -> list[str]:
     sanitizer = result.get("sanitizer", {})
     if sanitizer.get("status"):
         found.append(f"compute-sanitizer found errors (status {sanitizer['status']}): see sanitizer.log")
-    if "error" in result.get("measured", {}):
-        found.append(f"measuring failed: {result['measured']['error']}")
+    measured = result.get("bench", {})
+    if measured.get("status"):
+        found.append(f"measuring failed (status {measured['status']}): see bench.log")
+    found += [f"not measured: {name}: {reason}" for name, reason in measured.get("failed", {}).items()]
     return found
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'case':44} {'backend':8} {'median us':>10} {'p10':>8} {'p90':>8} {'GB/s':>8}"]
-    for row in rows:
-        numbers = [row.get(key) for key in ("median_us", "p10_us", "p90_us", "gbytes_per_s")]
-        text = row.get("missing") or " ".join(
-            f"{n:{w}.2f}" for n, w in zip(numbers, (10, 8, 8, 8), strict=True)
-        )
-        lines.append(f"{row['case']:44} {row['backend']:8} {text}")
-    return "\n".join(lines)
 
 
 def check(options: Options) -> dict[str, Any]:
     """Everything, in order; each step is written down before the next starts, so that a killed run leaves its part."""
     start = time.monotonic()
-    deadline = start + options.budget_s
+    deadline = start + options.limit - WRITING_S
     path = options.out / "gpu_check.json"
     result: dict[str, Any] = {
-        "schema": SCHEMA, "command": ledger.command_line(), "versions": ledger.versions(), "device": ledger.device(),
-        "build": {"skipped": True},
+        "schema": SCHEMA, "command": machine.command_line(), "versions": machine.versions(),
+        "device": machine.device(), "build": {"skipped": True},
     }  # fmt: skip
+
+    def left() -> float:
+        return deadline - time.monotonic()
 
     def save() -> None:
         result["problems"] = problems_of(result)
         result["seconds"] = time.monotonic() - start
         ledger.write_json(path, result)
 
-    if not options.skip_build:
-        print("gpu-check: building", flush=True)
-        result["build"] = build(options, deadline - time.monotonic())
+    def step(name: str, timeout_s: float) -> None:
+        print(f"gpu-check: {name}, at most {timeout_s:.0f} s", flush=True)
+        result[name] = STEPS[name](options, timeout_s)
         save()
+
+    if not options.skip_build:
+        step("build", left())
         if result["build"]["status"]:
             return result
-    # Measuring in this process, before the tests: a test that breaks the context or eats the time costs no row.
-    print("gpu-check: measuring", flush=True)
-    try:
-        result["measured"] = measure(time.monotonic() + (deadline - time.monotonic()) / 2)
-    except Exception as error:  # whatever it is, the tests still run and it is reported
-        result["measured"] = {"error": f"{type(error).__name__}: {error}"[:2000], "rows": []}
-    save()
-    print("gpu-check: testing", flush=True)
-    result["tests"] = run_tests(options, deadline - time.monotonic())
-    save()
-    print("gpu-check: compute-sanitizer", flush=True)
-    result["sanitizer"] = sanitize(options, min(180.0, deadline - time.monotonic()))
-    save()
+    # Correctness first. Tests that take more than their share are a failure, but cost no row.
+    step("tests", TESTS_SHARE * left())
+    step("sanitizer", min(SANITIZER_S, 0.2 * left()))
+    step("bench", left() - WRITING_S)
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds for all of it (default 540)")
-    parser.add_argument(
+STEPS = {"build": build, "tests": run_tests, "sanitizer": sanitize, "bench": run_bench}
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").splitlines()[0])
+    found.add_argument("--out", type=Path, required=True, help="directory for the results")
+    found.add_argument(
+        "--budget", type=float, default=480.0, help="seconds for the rows at most (default 480)"
+    )
+    found.add_argument("--limit", type=float, default=595.0, help="seconds for everything (default 595)")
+    found.add_argument(
         "--workers", type=int, default=4, help="pytest workers, where pytest-xdist is installed"
     )
-    parser.add_argument(
-        "--skip-build", action="store_true", help="use the libraries that are in the checkout"
-    )
-    parser.add_argument("--tests", metavar="TEXT", help="only GPU tests whose name contains TEXT")
-    options = Options(**vars(parser.parse_args(arguments)))
+    found.add_argument("--skip-build", action="store_true", help="use the libraries that are in the checkout")
+    found.add_argument("--tests", metavar="TEXT", help="only GPU tests whose name contains TEXT")
+    found.add_argument("--only", metavar="TEXT", help="only the rows whose 'op: name' contains TEXT")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = Options(**vars(parser().parse_args(arguments)))
     options.out = options.out.resolve()
     reason = no_gpu()
     if reason is not None:
         print(f"gpu-check: no usable GPU: {reason}", file=sys.stderr)
         return 2
     result = check(options)
-    print(table(result.get("measured", {}).get("rows", [])))
+    log = options.out / "bench.log"
+    if log.exists():
+        print(log.read_text(errors="replace"), end="")
     for problem in result["problems"]:
         print(f"gpu-check: {problem}", file=sys.stderr)
     for line in result.get("tests", {}).get("not_passed", [])[:20]:
@@ -319,5 +283,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # measuring happens in this process
     sys.exit(main())

@@ -4,67 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_check, gpu_timing, ledger
+pytest.importorskip("bench", reason="the benchmarks are in a checkout")
+
+from bench_support import DEVICE, needs_no_gpu
+
+from bench import gpu_check, machine
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_statistics() -> None:
-    found = ledger.statistics_of([float(v) for v in range(101)][::-1])
-    assert found == {"median_us": 50.0, "p10_us": 10.0, "p90_us": 90.0, "samples": 101}
-    assert ledger.statistics_of([1.0, 2.0])["median_us"] == 1.5
-    assert ledger.statistics_of([3.0]) == {"median_us": 3.0, "p10_us": 3.0, "p90_us": 3.0, "samples": 1}
-    with pytest.raises(ValueError, match="no samples"):
-        ledger.statistics_of([])
-
-
-def test_source_hash_follows_the_kernels(tmp_path: Path) -> None:
-    names = [str(p.relative_to(ROOT)) for p in ledger.sources_of("gate_topk")]
-    for expected in ("moekern/ops/gate_topk/triton.py", "moekern/_triton_lib.py", "csrc/ops/gate_topk/cuda.cu",
-                     "csrc/ops/gate_topk/select.cuh", "csrc/common/warp.cuh", "csrc/common/scalar.h"):  # fmt: skip
-        assert expected in names
-    assert not [n for n in names if n.endswith(("cpu.cpp", "ref.py"))]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    before = ledger.source_hash("gate_topk", tmp_path)
-    assert before == ledger.source_hash("gate_topk")
-    for name in names:
-        text = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(text + b" ")
-        assert ledger.source_hash("gate_topk", tmp_path) != before, name
-        (tmp_path / name).write_bytes(text)
-
-
-def test_json_is_whole_and_strict(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "x.json"
-    ledger.write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        ledger.write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}
-    ledger.write_json(path, {"a": 2})
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
-    assert json.loads(path.read_text()) == {"a": 2}
-
-
-def test_inputs_rotate_over_four_times_the_cache() -> None:
-    l2 = 50 << 20
-    for size in (1, 128, 1 << 20, 4 << 20, 1 << 30):
-        sets = gpu_timing.set_count(size, l2)
-        assert sets * size >= 4 * l2 or sets == gpu_timing.MAX_SETS
-        launches = gpu_timing.launch_count(sets)
-        assert launches % sets == 0
-        assert gpu_timing.MIN_LAUNCHES <= launches <= gpu_timing.MAX_LAUNCHES
-    assert gpu_timing.set_count(1 << 40, l2) == 2
 
 
 def test_pytest_report_is_read(tmp_path: Path) -> None:
@@ -91,7 +46,7 @@ GOOD: dict[str, Any] = {
     "build": {"status": 0},
     "tests": {"status": 0, "passed": 5, "failed": 0, "skipped": 0},
     "sanitizer": {"ran": False, "reason": "absent"},
-    "measured": {"rows": []},
+    "bench": {"status": 0, "failed": {}},
 }
 
 
@@ -106,7 +61,11 @@ GOOD: dict[str, Any] = {
         ({"tests": {"status": 124, "passed": 5, "failed": 0, "skipped": 0}}, "status 124"),
         ({"tests": None}, "no test ran"),
         ({"sanitizer": {"ran": True, "status": 86}}, "compute-sanitizer"),
-        ({"measured": {"error": "OOM", "rows": []}}, "measuring failed"),
+        ({"bench": {"status": 1, "failed": {}}}, "measuring failed"),
+        (
+            {"bench": {"status": 0, "failed": {"route: T 1": "out of memory"}}},
+            "not measured: route: T 1: out of memory",
+        ),
     ],
 )
 def test_what_counts_as_a_failure(changes: dict[str, Any], expected: str | None) -> None:
@@ -114,11 +73,23 @@ def test_what_counts_as_a_failure(changes: dict[str, Any], expected: str | None)
     assert found == [] if expected is None else any(expected in line for line in found)
 
 
-def test_a_command_out_of_time_is_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, "-uc", "import time; print('before'); time.sleep(60)"]
-    status, tail = gpu_check.run_logged(command, tmp_path / "log", 2.0, gpu_check.environment())
+def test_a_command_out_of_time_is_stopped_with_its_children(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time; print('before');"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid); time.sleep(60)"
+    )
+    status, tail = gpu_check.run_logged(
+        [sys.executable, "-uc", program], tmp_path / "log", 2.0, gpu_check.environment()
+    )
     assert status == 124
     assert "before" in tail
+    child = int(tail.split()[-1])
+    for _ in range(50):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("a child of the stopped command lives on")
 
 
 def test_environment_drops_what_would_change_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,66 +98,136 @@ def test_environment_drops_what_would_change_the_run(monkeypatch: pytest.MonkeyP
         assert name not in gpu_check.environment()
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is the CPU: kernels interpreted, times made up, everything else as it runs on a GPU."""
-    pytest.importorskip("triton")
-
-    def once(call: Any, inputs: Any, replays: int = 50) -> list[float]:
-        call(inputs[0])
-        return [1.0, 2.0, 3.0]
-
-    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_check, "BACKENDS", ("triton",))
-    monkeypatch.setattr(gpu_check, "TOKENS", (1, 3))
-    monkeypatch.setattr(gpu_check, "EXPERTS", (64,))
-    monkeypatch.setattr(gpu_timing, "time_in_graph", once)
-    monkeypatch.setattr(gpu_timing, "empty_node_times", lambda: [1.0])
-    monkeypatch.setattr(gpu_timing, "copy_bandwidth", lambda: 4000.0)
-    monkeypatch.setattr(ledger, "l2_bytes", lambda: 1024)
-    monkeypatch.setattr(ledger, "device", lambda: {"name": "none"})
-    monkeypatch.setattr(gpu_check, "no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_check, "build", lambda options, timeout_s: {"status": 0})
-    monkeypatch.setattr(gpu_check, "sanitize", lambda options, timeout_s: {"ran": False, "reason": "absent"})
+def options(tmp_path: Path, **changes: Any) -> gpu_check.Options:
+    found = gpu_check.Options(**vars(gpu_check.parser().parse_args(["--out", str(tmp_path)])))
+    for name, value in changes.items():
+        setattr(found, name, value)
+    return found
 
 
-needs_no_gpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="this machine has a GPU: gpu-check itself runs here"
-)
+class Child:
+    """The measuring process: what it leaves in gpu.json and its exit status, one for each start."""
+
+    def __init__(self, out: Path, *starts: tuple[int, dict[str, Any]]) -> None:
+        self.out, self.starts, self.commands = out, list(starts), []  # type: ignore[var-annotated]
+
+    def __call__(
+        self, command: list[str], log: Path, timeout_s: float, env: Any, mode: str = "w"
+    ) -> tuple[int, str]:
+        self.commands.append(command)
+        status, state = self.starts.pop(0)
+        (self.out / "gpu.json").write_text(json.dumps(state))
+        return status, "the end of the log"
 
 
-@needs_no_gpu
-@pytest.mark.usefixtures("machine")
-def test_a_whole_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+DONE: dict[str, Any] = {"rows": [{}, {}], "running": None, "failed": {}, "left": ["x"], "ended": True}
+
+
+def test_rows_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(tmp_path, (0, DONE))
+    monkeypatch.setattr(gpu_check, "run_logged", child)
+    found = gpu_check.run_bench(options(tmp_path, only="route"), 300.0)
+    assert found == {"status": 0, "starts": 1, "rows": 2, "failed": {}, "left": ["x"], "tail": ""}
+    (command,) = child.commands
+    assert command[2:] == ["bench", "gpu", "--out", str(tmp_path), "--budget", "300", "--only", "route"]
+    child.starts = [(1, {**DONE, "failed": {"a: b": "WrongResult"}})]
+    found = gpu_check.run_bench(options(tmp_path, budget=100.0), 300.0)
+    assert (found["status"], found["failed"]) == (0, {"a: b": "WrongResult"})
+    assert child.commands[1][6:8] == ["--budget", "100"]
+
+
+def test_a_crash_is_started_again_behind_the_case_that_caused_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tests = {"status": 0, "passed": 3, "failed": 0, "skipped": 0, "not_passed": []}
-    monkeypatch.setattr(gpu_check, "run_tests", lambda options, timeout_s: tests)
+    crashed = {"rows": [{}], "running": "a: b", "failed": {}, "ended": False}
+    child = Child(tmp_path, (-11, crashed), (0, {**DONE, "failed": {"a: b": "ended"}}))
+    monkeypatch.setattr(gpu_check, "run_logged", child)
+    found = gpu_check.run_bench(options(tmp_path), 300.0)
+    assert (found["starts"], found["status"], found["failed"]) == (2, 0, {"a: b": "ended"})
+    child.starts = [(-11, crashed)] * gpu_check.MAX_STARTS
+    found = gpu_check.run_bench(options(tmp_path), 300.0)
+    assert (found["starts"], found["status"], found["tail"]) == (
+        gpu_check.MAX_STARTS,
+        -11,
+        "the end of the log",
+    )
+    child.starts = [(-11, crashed)]
+    assert gpu_check.run_bench(options(tmp_path), 20.0)["starts"] == 1  # too late to start again
+
+
+def test_a_hanging_case_is_named_and_its_rows_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(
+        tmp_path, (124, {"rows": [{}], "running": "a: b", "failed": {}, "left": [], "ended": False})
+    )
+    monkeypatch.setattr(gpu_check, "run_logged", child)
+    found = gpu_check.run_bench(options(tmp_path), 300.0)
+    assert (found["status"], found["rows"], found["starts"]) == (124, 1, 1)
+    assert found["failed"] == {"a: b": "still measured when the time was over (status 124)"}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, dict[str, Any]]]:
+    """A machine with a GPU on which every step takes some seconds of a clock that stands still otherwise. Each step's
+    seconds (of what it is given) and result can be changed."""
+    now = 0.0
+    given: dict[str, float] = {}
+    found: dict[str, Any] = {name: (1.0, dict(result)) for name, result in GOOD.items()}
+
+    def step(name: str) -> Any:
+        def run(options: Any, timeout_s: float) -> dict[str, Any]:
+            nonlocal now
+            given[name] = timeout_s
+            now += min(timeout_s, found[name][0])
+            return found[name][1]
+
+        return run
+
+    monkeypatch.setattr(gpu_check, "STEPS", {name: step(name) for name in GOOD})
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now)
+    monkeypatch.setattr(gpu_check, "no_gpu", lambda: None)
+    monkeypatch.setattr(machine, "device", lambda: dict(DEVICE))
+    found["given"] = given
+    found["now"] = lambda: now
+    return found
+
+
+def test_a_whole_run(tmp_path: Path, steps: Any) -> None:
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "gpu_check.json").read_text())
     assert written["problems"] == []
     assert written["versions"]["torch"] == torch.__version__
-    rows = written["measured"]["rows"]
-    assert [(r["case"].split()[0], r["backend"]) for r in rows] == [
-        ("T1", "torch"), ("T1", "triton"), ("T3", "torch"), ("T3", "triton"),
-    ]  # fmt: skip
-    for row in rows:
-        assert row["median_us"] == 2.0
-        assert row["gbytes_per_s"] == pytest.approx(row["bytes"] / 2e-6 / 1e9)
-        assert row["source_hash"] == (None if row["backend"] == "torch" else ledger.source_hash("gate_topk"))
-    assert "T3 E64" in capsys.readouterr().out
+    assert list(steps["given"]) == ["build", "tests", "sanitizer", "bench"]
+    assert {name: written[name] for name in GOOD} == GOOD
 
 
-@needs_no_gpu
-@pytest.mark.usefixtures("machine")
-def test_a_skip_and_a_broken_kernel_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slow", ["build", "tests", "sanitizer", "bench"])
+def test_it_never_takes_longer_than_its_limit(tmp_path: Path, steps: Any, slow: str) -> None:
+    """A step that takes all it is given leaves time for those behind it (a build is the exception) and for writing."""
+    steps[slow] = (1e9, steps[slow][1])
+    gpu_check.main(["--out", str(tmp_path)])
+    assert steps["now"]() <= 595
+    if slow != "build":
+        assert steps["given"]["bench"] > 0.3 * 595
+
+
+def test_a_skip_fails_the_run(tmp_path: Path, steps: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tests = {"status": 0, "passed": 3, "failed": 0, "skipped": 1, "not_passed": ["skipped: a::b: c"]}
-    monkeypatch.setattr(gpu_check, "run_tests", lambda options, timeout_s: tests)
-    monkeypatch.setattr(gpu_check, "torch_gate", lambda logits: 1 / 0)
+    steps["tests"] = (1.0, tests)
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    written = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert len(written["problems"]) == 2
-    assert "ZeroDivisionError" in written["measured"]["error"]
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["problems"] == [
+        "1 GPU tests were skipped, which counts as a failure here"
+    ]
+    assert "skipped: a::b: c" in capsys.readouterr().err
+    assert "bench" in steps["given"]  # the rows are measured all the same
+
+
+def test_a_failed_build_ends_it(tmp_path: Path, steps: Any) -> None:
+    steps["build"] = (1.0, {"status": 1, "tail": "error"})
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    assert list(steps["given"]) == ["build"]
+    steps["given"].clear()
+    assert gpu_check.main(["--out", str(tmp_path), "--skip-build"]) == 0
+    assert "build" not in steps["given"]
 
 
 @needs_no_gpu
@@ -196,14 +237,3 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no usable GPU" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-@needs_no_gpu
-def test_the_peer_computes_the_same() -> None:
-    from moekern.ops import gate_topk
-
-    logits = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * 3
-    weights, ids = gpu_check.torch_gate(logits)
-    ours, our_ids = gate_topk(logits, gpu_check.TOP_K, renormalize=True)
-    assert torch.equal(ids, our_ids)
-    torch.testing.assert_close(weights, ours, rtol=1e-5, atol=1e-7)
