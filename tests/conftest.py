@@ -1,4 +1,5 @@
-"""Set-up of the whole suite: the Triton interpreter where there is no GPU, poisoned memory, threads, GPU tests."""
+"""Set-up of the whole suite: the Triton interpreter where there is no GPU, poisoned memory, threads, random
+examples, GPU tests."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is decorated, so it is set before anything imports triton.
@@ -15,6 +17,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 for _name in ("MOEKERN_BACKEND", "MOEKERN_CPU_ISA", "MOEKERN_DISABLE"):
     os.environ.pop(_name, None)  # a developer's shell must not choose what is tested
+
+settings.register_profile(
+    "suite",
+    deadline=None,
+    max_examples=int(os.environ.get("MOEKERN_TEST_EXAMPLES", "25")),
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("suite")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores

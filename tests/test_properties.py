@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 import yardstick
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from support import available, best_cpu, call, evaluate, same_bits
 from torch import Tensor
 
 from moekern.ops import SPECS
 from moekern.ops.gate_topk.ref import GROUP_SCORES, SCORINGS
 from moekern.ops.grouped_gemm.activation import ACTIVATIONS
-
-settings.register_profile(
-    "suite",
-    deadline=None,
-    max_examples=int(os.environ.get("MOEKERN_TEST_EXAMPLES", "25")),
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("suite")
 
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
 SEEDS = st.integers(0, 2**20)

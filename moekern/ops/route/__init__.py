@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Case, OpSpec
-from moekern.ops.route import ref
+from moekern.ops.route import config, ref
 
 MAX_PAIRS = 2**31 - 1  # perm is int32
 
@@ -76,6 +76,18 @@ def _supports_cpu(ids: Tensor, **_: Any) -> str | None:
     return None if ids.device.type == "cpu" else f"ids are on {ids.device}"
 
 
+def _run_triton(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    from moekern.ops.route import triton  # importing Triton takes 0.1 s, so it waits for the first call
+
+    return triton.run(ids, num_experts)
+
+
+def _supports_triton(ids: Tensor, num_experts: int) -> str | None:
+    if num_experts > config.MAX_EXPERTS:
+        return f"E = {num_experts} exceeds {config.MAX_EXPERTS}"
+    return _triton.refuses(ids)
+
+
 def _case(num_tokens: int, num_experts: int, top_k: int, *, low: int = 0, high: int | None = None,
           dtype: torch.dtype = torch.int64, only: int | None = None) -> Any:  # fmt: skip
     def make(generator: torch.Generator, _: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -114,6 +126,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.route),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_route_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=("exact", "exact", "exact"),
