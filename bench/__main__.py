@@ -18,7 +18,7 @@ def run_ops(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns its exit status."""
-    from bench import cpu, gpu_bench, report
+    from bench import cpu, gpu_bench, report, tune
 
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of moekern.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = commands.add_parser("gpu", help="every GPU case within a budget, missing and stale rows first")
     gpu_bench.add_arguments(rows)
     rows.set_defaults(run=gpu_bench.run)
+    tuned = commands.add_parser("tune", help="times launch configurations around those that are chosen")
+    tune.add_arguments(tuned)
+    tuned.set_defaults(run=tune.run)
     written = commands.add_parser("report", help="docs/performance.md from bench/results")
     report.add_arguments(written)
     written.set_defaults(run=report.run)

@@ -26,17 +26,17 @@ def empty() -> Ledger:
     return {"schema": SCHEMA, "runs": {}, "rows": []}
 
 
-def load(path: Path) -> Ledger:
-    """An absent file is an empty ledger.
-
-    Raises ValueError for a file of another schema.
-    """
-    if not path.exists():
-        return empty()
+def read_json(path: Path, schema: int) -> dict[str, Any]:
+    """Raises ValueError for a file of another schema."""
     found = json.loads(path.read_text())
-    if found.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {found.get('schema')!r}; expected {SCHEMA}")
+    if found.get("schema") != schema:
+        raise ValueError(f"{path}: schema {found.get('schema')!r}; expected {schema}")
     return found
+
+
+def load(path: Path) -> Ledger:
+    """An absent file is an empty ledger."""
+    return read_json(path, SCHEMA) if path.exists() else empty()
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
