@@ -5,6 +5,7 @@
 #include "common/gemm_amx.h"
 #include "common/gemm_dot.h"
 #include "common/gemm_epilogue.h"
+#include "common/gemm_vector.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
@@ -43,7 +44,7 @@ struct GroupedGemm {
 
   int64_t k_padded() const { return round_up(m.k, kDepth); }
 
-  // Sink: for AMX, panel(segment, expert block, first token, count, z) with z[group][weight row][token];
+  // Sink: for panels, panel(segment, expert block, first token, count, z) with z[group][weight row][token];
   // otherwise rows(...) with z[group][token][weight row].
   template <class Sink>
   void run(const Sink& sink) const {
@@ -59,7 +60,7 @@ struct GroupedGemm {
         const Segment& s = segments[item / blocks];
         const int b = static_cast<int>(item % blocks);
         if constexpr (Layout<T>::kPanels) {
-          amx_item(s, b, following, blocks, packed, width, sink);
+          panel_item(s, b, following, blocks, packed, width, sink);
         } else {
           dot_item(s, b, packed, sink);
         }
@@ -95,83 +96,32 @@ struct GroupedGemm {
     }
   }
 
-#if defined(__AMX_BF16__)
-  template <class Sink>
-  void amx_item(const Segment& s, int b, int64_t following, int blocks, T* packed, int& width,
-                const Sink& sink) const {
+#if defined(__AVX512BF16__)
+  // What the thread's next item reads, in `steps` portions.
+  Prefetcher weights_of(int64_t item, int blocks, int steps) const {
+    if (item < 0) return {};
     RowGroup<T> g[2];
     int first[2], step;
-    groups_of(m, act, s.expert, b, g, first, &step);
-    if (s.width != width) {
-      width = s.width;
-      configure_tiles(width);
-    }
-    const int panels = (s.rows + kTile - 1) / kTile;
-    const int all_steps = static_cast<int>(k_padded() / kDepth);
-    int steps = all_steps;
-    TileSource a[2];
-    const T* tail = nullptr;
-    const int64_t panel_stride = k_padded() * width;
-    const T* from = x + s.slot * k_padded();
-    if (panels > kFewPanels) {
-      Prefetcher ahead;
-      if (following >= 0) {
-        RowGroup<T> h[2];
-        groups_of(m, act, segments[following / blocks].expert, static_cast<int>(following % blocks), h, first,
-                  &step);
-        ahead = Prefetcher(h, m.k, all_steps * ((panels + 1) / 2));
-      }
-      return many_panels(s, b, g, panels, packed, ahead, sink);
-    }
-    const bool copy = m.transposed || g[0].rows < kTile || g[1].rows < kTile;
-    if (copy) {
-      copy_tiles(g, packed, 0, all_steps);
-      for (int i = 0; i < 2; ++i) a[i] = {packed + i * kTile * kDepth, 2 * kTile * kDepth, 2 * kDepth};
-    } else {
-      steps = m.k / kDepth;
-      for (int i = 0; i < 2; ++i) a[i] = {g[i].w, kDepth, g[i].row * 2};
-      if (steps < all_steps) {
-        for (int i = 0; i < 2; ++i) {
-          pack_group(g[i], steps * kDepth, m.k - steps * kDepth, kDepth, packed + i * kTile * kDepth, kDepth);
-        }
-        tail = packed;
-      }
-    }
-    tile_fence();
-    alignas(64) float z[4 * kTile * kTile];
-    for (int p = 0; p < panels; p += 2) {
-      const int both = std::min(2, panels - p);
-      const auto multiply = p == 0 && !copy ? (both == 2 ? stream_tiles<2> : stream_tiles<1>)
-                                            : (both == 2 ? multiply_tiles<2> : multiply_tiles<1>);
-      multiply(a, tail, from + p * panel_stride, panel_stride, width, steps, z);
-      for (int q = 0; q < both; ++q) {
-        const int t = (p + q) * kTile;
-        sink.panel(s, b, t, std::min(kTile, s.rows - t), z + 512 * q);
-      }
-    }
+    groups_of(m, act, segments[item / blocks].expert, static_cast<int>(item % blocks), g, first, &step);
+    return Prefetcher(g, m.k, steps);
   }
+
+  static int num_panels(const Segment& s) { return (s.rows + kTile - 1) / kTile; }
 
   // Many panels read the same weights: these are copied, a part of K at a time, into 16 KiB that stay in the
   // L1 while all panels pass by. (Loading them in place each time would also meet rows of 4 KiB, which fall
   // into one set of the L1.)
   template <class Sink>
-  void many_panels(const Segment& s, int b, const RowGroup<T> g[2], int panels, T* packed, Prefetcher& ahead,
+  void many_panels(const Segment& s, int b, const RowGroup<T> g[2], T* packed, Prefetcher& ahead,
                    const Sink& sink) const {
     static thread_local Scratch scratch;
-    const int pairs = (panels + 1) / 2, all_steps = static_cast<int>(k_padded() / kDepth);
-    auto* z = static_cast<float*>(scratch.get(pairs * 4096));
-    const int64_t panel = k_padded() * kTile;
+    const int panels = num_panels(s), all_steps = static_cast<int>(k_padded() / kDepth);
+    auto* z = static_cast<float*>(scratch.get((panels + 1) / 2 * 4096));
     const T* from = x + s.slot * k_padded();
     for (int at = 0; at < all_steps; at += kStepsAtOnce) {
       const int steps = std::min(kStepsAtOnce, all_steps - at);
       copy_tiles(g, packed, at, steps);
-      tile_fence();
-      for (int p = 0; p < pairs; ++p) {
-        const T* x0 = from + 2 * p * panel + at * kTile * kDepth;
-        // An odd last panel is multiplied twice, the second time for nothing.
-        const T* x1 = 2 * p + 1 < panels ? x0 + panel : x0;
-        accumulate_tiles(packed, x0, x1, steps, at == 0, ahead, z + p * 1024);
-      }
+      pass_panels(packed, from + at * s.width * kDepth, panels, s.width, steps, at == 0, ahead, z);
     }
     for (int q = 0; q < panels; ++q) {
       const int t = q * kTile;
@@ -191,6 +141,109 @@ struct GroupedGemm {
       } else {
         for (int i = 0; i < 2; ++i) pack_group(g[i], s * kDepth, depth, kDepth, to + i * kSize, kDepth);
       }
+    }
+  }
+#endif
+
+#if defined(__AMX_BF16__)
+  template <class Sink>
+  void panel_item(const Segment& s, int b, int64_t following, int blocks, T* packed, int& width,
+                  const Sink& sink) const {
+    RowGroup<T> g[2];
+    int first[2], step;
+    groups_of(m, act, s.expert, b, g, first, &step);
+    if (s.width != width) {
+      width = s.width;
+      configure_tiles(width);
+    }
+    const int panels = num_panels(s), all_steps = static_cast<int>(k_padded() / kDepth);
+    if (panels > kFewPanels) {
+      Prefetcher ahead = weights_of(following, blocks, all_steps * ((panels + 1) / 2));
+      return many_panels(s, b, g, packed, ahead, sink);
+    }
+    int steps = all_steps;
+    TileSource a[2];
+    const T* tail = nullptr;
+    const int64_t panel_stride = k_padded() * width;
+    const T* from = x + s.slot * k_padded();
+    const bool copy = m.transposed || g[0].rows < kTile || g[1].rows < kTile;
+    if (copy) {
+      copy_tiles(g, packed, 0, all_steps);
+      for (int i = 0; i < 2; ++i) a[i] = {packed + i * kTile * kDepth, 2 * kTile * kDepth, 2 * kDepth};
+    } else {
+      steps = m.k / kDepth;
+      for (int i = 0; i < 2; ++i) a[i] = {g[i].w, kDepth, g[i].row * 2};
+      if (steps < all_steps) {
+        copy_tiles(g, packed, steps, 1);
+        tail = packed;
+      }
+    }
+    tile_fence();
+    alignas(64) float z[4 * kTile * kTile];
+    for (int p = 0; p < panels; p += 2) {
+      const int both = std::min(2, panels - p);
+      const auto multiply = p == 0 && !copy ? (both == 2 ? stream_tiles<2> : stream_tiles<1>)
+                                            : (both == 2 ? multiply_tiles<2> : multiply_tiles<1>);
+      multiply(a, tail, from + p * panel_stride, panel_stride, width, steps, z);
+      for (int q = 0; q < both; ++q) {
+        const int t = (p + q) * kTile;
+        sink.panel(s, b, t, std::min(kTile, s.rows - t), z + 512 * q);
+      }
+    }
+  }
+
+  void pass_panels(const T* packed, const T* from, int panels, int, int steps, bool first, Prefetcher& ahead,
+                   float* z) const {
+    const int64_t panel = k_padded() * kTile;
+    tile_fence();
+    for (int p = 0; p < panels; p += 2) {
+      const T* x0 = from + p * panel;
+      // An odd last panel is multiplied twice, the second time for nothing.
+      const T* x1 = p + 1 < panels ? x0 + panel : x0;
+      accumulate_tiles(packed, x0, x1, steps, first, ahead, z + p * 512);
+    }
+  }
+#elif defined(__AVX512BF16__)
+  template <class Sink>
+  void panel_item(const Segment& s, int b, int64_t following, int blocks, T* packed, int&, const Sink& sink) const {
+    RowGroup<T> g[2];
+    int first[2], step;
+    groups_of(m, act, s.expert, b, g, first, &step);
+    const int all_steps = static_cast<int>(k_padded() / kDepth);
+    const bool copy = m.transposed || g[0].rows < kTile || g[1].rows < kTile;
+    if (s.rows > kFewTokens || copy) {
+      Prefetcher ahead = weights_of(following, blocks, all_steps * passes_of(num_panels(s)));
+      return many_panels(s, b, g, packed, ahead, sink);
+    }
+    Prefetcher ahead = weights_of(following, blocks, all_steps);
+    const int steps = m.k / kDepth;
+    if (steps < all_steps) copy_tiles(g, packed, steps, 1);
+    const T* const w[2] = {g[0].w, g[1].w};
+    alignas(64) float z[2 * kTile * kTile];
+    kTurnedRows[s.rows - 1](w, g[0].row, steps, steps < all_steps ? packed : nullptr, x + s.slot * k_padded(), ahead, z);
+    sink.panel(s, b, 0, s.rows, z);
+  }
+
+  // Panels that are multiplied together when `left` remain: never one alone after three.
+  static int panels_at_once(int left) { return left == 4 ? 2 : std::min(left, kPanelsAtOnce); }
+
+  // Calls of the prefetcher for one step of K.
+  static int passes_of(int panels) {
+    int passes = 0;
+    for (int p = 0; p < panels; p += panels_at_once(panels - p)) {
+      passes += 2 * kTile / kRowsAtOnce[panels_at_once(panels - p) - 1];
+    }
+    return passes;
+  }
+
+  void pass_panels(const T* packed, const T* from, int panels, int width, int steps, bool first, Prefetcher& ahead,
+                   float* z) const {
+    constexpr decltype(&accumulate_panels<8, 2>) kPass[] = {accumulate_panels<kRowsAtOnce[0], 1>, accumulate_panels<kRowsAtOnce[1], 2>,
+                                  accumulate_panels<kRowsAtOnce[2], 3>};
+    const int64_t panel = k_padded() * width;
+    for (int p = 0, n; p < panels; p += n) {
+      n = panels_at_once(panels - p);
+      kPass[n - 1](packed, from + p * panel, panel, width, steps, first, ahead, z + p * 512);
     }
   }
 #endif
@@ -221,7 +274,7 @@ inline void pack_inputs(const Segment* segments, int num_segments, int k, const 
       const T* rows[kTile];
       for (int r = 0; r < count; ++r) rows[r] = row(s.first + t + r);
       In* to = out + (s.slot + t) * kp;
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
       if constexpr (Layout<T>::kPanels) {
         pack_panel(rows, count, s.width, k, to);
         continue;

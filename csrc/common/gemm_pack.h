@@ -1,8 +1,8 @@
 // Layouts of the grouped GEMM's operands.
 //
-// kPanels (AMX, bf16): inputs in panels of up to 16 tokens, [K/2][width][2], which is what a B tile is loaded
-// from. A row slot is one token of a panel. Otherwise: row-major inputs [rows][K], bf16 for vdpbf16ps, else
-// fp32. K is padded with zeros to a multiple of 32 in both.
+// kPanels (bf16 with AMX or vdpbf16ps): inputs in panels of up to 16 tokens, [K/2][width][2], which is what a B tile
+// is loaded from, and a vector of 16 tokens. A row slot is one token of a panel. Otherwise: row-major inputs
+// [rows][K] in fp32. K is padded with zeros to a multiple of 32 in both.
 #pragma once
 
 #include <algorithm>
@@ -25,11 +25,7 @@ struct Layout {
 #if defined(__AVX512BF16__)
 template <>
 struct Layout<bfloat16> {
-#if defined(__AMX_BF16__)
   static constexpr bool kPanels = true;
-#else
-  static constexpr bool kPanels = false;
-#endif
   using Input = bfloat16;
 };
 #endif
@@ -152,7 +148,7 @@ inline void pack_row(const T* from, int k, int k_padded, In* to) {
   }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 // A panel from `width` rows; rows from `count` on are zeros (null: a row of zeros too).
 inline void pack_panel(const bfloat16* const* rows, int count, int width, int k, bfloat16* out) {

@@ -1,6 +1,6 @@
 // What happens to a finished piece of a product: activation, rounding, and a place in the inputs of the next
-// GEMM or in rows of the result. Pieces are z[group][token][weight row], or z[group][weight row][token] from
-// AMX.
+// GEMM or in rows of the result. Pieces are z[group][token][weight row], or z[group][weight row][token] where
+// inputs are panels.
 #pragma once
 
 #include "common/gemm_epilogue.h"
@@ -76,7 +76,7 @@ struct InputSink {
     }
   }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   void panel(const Segment& s, int b, int t, int, const float* z) const {
     const Columns<T> c(m, act, s.expert, b);
     auto* to = reinterpret_cast<uint32_t*>(out + (s.slot + t) * k_padded());
@@ -131,7 +131,7 @@ struct RowSink {
     }
   }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   void panel(const Segment& s, int b, int t, int count, float* z) const {
     if (count <= 2) {
       alignas(64) float turned[4 * kTile];
