@@ -205,7 +205,8 @@ struct GroupedGemm {
   }
 #elif defined(__AVX512BF16__)
   template <class Sink>
-  void panel_item(const Segment& s, int b, int64_t following, int blocks, T* packed, int&, const Sink& sink) const {
+  void panel_item(const Segment& s, int b, int64_t following, int blocks, T* packed, int&,
+                  const Sink& sink) const {
     RowGroup<T> g[2];
     int first[2], step;
     groups_of(m, act, s.expert, b, g, first, &step);
@@ -215,12 +216,20 @@ struct GroupedGemm {
       Prefetcher ahead = weights_of(following, blocks, all_steps * passes_of(num_panels(s)));
       return many_panels(s, b, g, packed, ahead, sink);
     }
-    Prefetcher ahead = weights_of(following, blocks, all_steps);
     const int steps = m.k / kDepth;
     if (steps < all_steps) copy_tiles(g, packed, steps, 1);
-    const T* const w[2] = {g[0].w, g[1].w};
+    NextRows next[2] = {{g[1], m.k, steps}, {}};
+    if (following >= 0) {
+      RowGroup<T> h[2];
+      groups_of(m, act, segments[following / blocks].expert, static_cast<int>(following % blocks), h, first,
+                &step);
+      next[1] = {h[0], m.k, steps};
+    }
     alignas(64) float z[2 * kTile * kTile];
-    kTurnedRows[s.rows - 1](w, g[0].row, steps, steps < all_steps ? packed : nullptr, x + s.slot * k_padded(), ahead, z);
+    for (int i = 0; i < 2; ++i) {
+      const T* tail = steps < all_steps ? packed + i * kTile * kDepth : nullptr;
+      kTurnedRows[s.rows - 1](g[i].w, g[i].row, steps, tail, x + s.slot * k_padded(), next[i], z + 256 * i);
+    }
     sink.panel(s, b, 0, s.rows, z);
   }
 
@@ -236,10 +245,11 @@ struct GroupedGemm {
     return passes;
   }
 
-  void pass_panels(const T* packed, const T* from, int panels, int width, int steps, bool first, Prefetcher& ahead,
-                   float* z) const {
-    constexpr decltype(&accumulate_panels<8, 2>) kPass[] = {accumulate_panels<kRowsAtOnce[0], 1>, accumulate_panels<kRowsAtOnce[1], 2>,
-                                  accumulate_panels<kRowsAtOnce[2], 3>};
+  void pass_panels(const T* packed, const T* from, int panels, int width, int steps, bool first,
+                   Prefetcher& ahead, float* z) const {
+    constexpr decltype(&accumulate_panels<8, 2>) kPass[] = {accumulate_panels<kRowsAtOnce[0], 1>,
+                                                            accumulate_panels<kRowsAtOnce[1], 2>,
+                                                            accumulate_panels<kRowsAtOnce[2], 3>};
     const int64_t panel = k_padded() * width;
     for (int p = 0, n; p < panels; p += n) {
       n = panels_at_once(panels - p);

@@ -1,8 +1,8 @@
 // Layouts of the grouped GEMM's operands.
 //
-// kPanels (bf16 with AMX or vdpbf16ps): inputs in panels of up to 16 tokens, [K/2][width][2], which is what a B tile
-// is loaded from, and a vector of 16 tokens. A row slot is one token of a panel. Otherwise: row-major inputs
-// [rows][K] in fp32. K is padded with zeros to a multiple of 32 in both.
+// kPanels (bf16 with AMX or vdpbf16ps): inputs in panels of up to 16 tokens, [K/2][width][2], which is what a
+// B tile is loaded from, and a vector of 16 tokens. A row slot is one token of a panel. Otherwise: row-major
+// inputs [rows][K] in fp32. K is padded with zeros to a multiple of 32 in both.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // bf16 products with vdpbf16ps, where there is no AMX.
 //
-// A sum runs along K, a pair at a time, in one lane of one register, in every function here: its bits do not depend on
-// how many tokens are computed beside it.
+// A sum runs along K, a pair at a time, in one lane of one register, in every function here: its bits do not
+// depend on how many tokens are computed beside it.
 #pragma once
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
@@ -10,8 +10,9 @@
 
 namespace moekern::MOEKERN_ISA {
 
-// Up to this many tokens the 16 lanes are weight rows, turned in registers (72 instructions a KiB of weights and
-// 16 a token); with more, lanes are tokens and each pair of weights is broadcast (256 instructions a KiB).
+// Up to this many tokens the 16 lanes are weight rows, turned in registers (72 instructions a KiB of weights
+// and 16 a token); with more, lanes are tokens and each pair of weights is broadcast (256 instructions a
+// KiB).
 constexpr int kFewTokens = 8;
 constexpr int kPanelsAtOnce = 3;  // 8 weight rows x 3 panels: 24 sums, 11 loads for 24 products
 
@@ -34,37 +35,50 @@ inline void turned_step(const bfloat16* w, int64_t row, const bfloat16* x, __m51
   }
 }
 
-// z[group][16 weight rows][16]: `steps` steps from the groups' own rows w, then one from `tail` [group][16][32] when
-// there is one.
+// Where the weights lie that a thread reads next, asked for in the order of memory, `lines` cache lines with
+// each step.
+struct NextRows {
+  const char* at = nullptr;
+  int lines = 0;
+
+  NextRows() = default;
+  NextRows(const RowGroup<bfloat16>& g, int k, int steps) {
+    // Rows with wide gaps between them are left to the hardware.
+    if (g.depth != 1 || g.rows == 0 || g.row > 2 * k || steps == 0) return;
+    at = reinterpret_cast<const char*>(g.w);
+    lines = static_cast<int>((g.rows * g.row * 2 / 64 + steps - 1) / steps);
+  }
+};
+
+// z[16 weight rows][16]: `steps` steps of the rows at w, then one of `tail` [16][32] when there is one. One
+// group of rows after the other: 16 streams for the hardware's prefetcher, not 32.
 template <int kTokens>
-inline void turned_rows(const bfloat16* const w[2], int64_t row, int steps, const bfloat16* tail,
-                        const bfloat16* x, Prefetcher& ahead, float* z) {
-  __m512 sum[2][kTokens] = {};
+inline void turned_rows(const bfloat16* w, int64_t row, int steps, const bfloat16* tail, const bfloat16* x,
+                        NextRows next, float* z) {
+  __m512 sum[kTokens] = {};
   for (int s = 0; s < steps; ++s) {
-    for (int g = 0; g < 2; ++g) turned_step<kTokens>(w[g] + s * kDepth, row, x, sum[g]);
-    ahead.step();
+    turned_step<kTokens>(w + s * kDepth, row, x, sum);
+    for (int n = 0; n < next.lines; ++n) _mm_prefetch(next.at + 64 * n, _MM_HINT_T1);
+    next.at += 64 * next.lines;
     x += kDepth * kTokens;
   }
-  for (int g = 0; g < 2 && tail != nullptr; ++g) {
-    turned_step<kTokens>(tail + g * kTile * kDepth, kDepth, x, sum[g]);
-  }
-  for (int g = 0; g < 2; ++g) {
-    for (int t = 0; t < kTokens; ++t) {
-      for (int r = 0; r < kTile; ++r) z[256 * g + kTile * r + t] = sum[g][t][r];
-    }
+  if (tail != nullptr) turned_step<kTokens>(tail, kDepth, x, sum);
+  for (int t = 0; t < kTokens; ++t) {
+    for (int r = 0; r < kTile; ++r) z[kTile * r + t] = sum[t][r];
   }
 }
 
-using TurnedRows = void (*)(const bfloat16* const*, int64_t, int, const bfloat16*, const bfloat16*, Prefetcher&,
+using TurnedRows = void (*)(const bfloat16*, int64_t, int, const bfloat16*, const bfloat16*, NextRows,
                             float*);
-constexpr TurnedRows kTurnedRows[kFewTokens] = {turned_rows<1>, turned_rows<2>, turned_rows<3>, turned_rows<4>,
-                                                turned_rows<5>, turned_rows<6>, turned_rows<7>, turned_rows<8>};
+constexpr TurnedRows kTurnedRows[kFewTokens] = {turned_rows<1>, turned_rows<2>, turned_rows<3>,
+                                                turned_rows<4>, turned_rows<5>, turned_rows<6>,
+                                                turned_rows<7>, turned_rows<8>};
 
-// Adds packed weights a [steps][32 rows][32] times kPanels panels of tokens to z[panel][32 rows][16]; sets z when
-// `first`. Lanes past `width` tokens (of a single panel) are zeros.
+// Adds packed weights a [steps][32 rows][32] times kPanels panels of tokens to z[panel][32 rows][16]; sets z
+// when `first`. Lanes past `width` tokens (of a single panel) are zeros.
 template <int kRows, int kPanels>
-inline void accumulate_panels(const bfloat16* a, const bfloat16* x, int64_t panel_stride, int width, int steps,
-                              bool first, Prefetcher& ahead, float* z) {
+inline void accumulate_panels(const bfloat16* a, const bfloat16* x, int64_t panel_stride, int width,
+                              int steps, bool first, Prefetcher& ahead, float* z) {
   const __mmask16 lanes = static_cast<__mmask16>((1u << width) - 1);
   for (int r0 = 0; r0 < 2 * kTile; r0 += kRows) {
     __m512 sum[kRows][kPanels];
