@@ -18,7 +18,7 @@ def run_ops(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns its exit status."""
-    from bench import cpu, gpu_bench, report, tune
+    from bench import cpu, e2e, gpu_bench, report, tune
 
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of moekern.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = commands.add_parser("gpu", help="every GPU case within a budget, missing and stale rows first")
     gpu_bench.add_arguments(rows)
     rows.set_defaults(run=gpu_bench.run)
+    model = commands.add_parser(
+        "e2e", help="a whole model's decode step on a GPU, patched against transformers"
+    )
+    e2e.add_arguments(model)
+    model.set_defaults(run=e2e.run)
     tuned = commands.add_parser("tune", help="times launch configurations around those that are chosen")
     tune.add_arguments(tuned)
     tuned.set_defaults(run=tune.run)

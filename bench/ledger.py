@@ -165,7 +165,6 @@ def value_of(
     quantity: str, row: Mapping[str, Any], ledger: Ledger, reference: str | None = None
 ) -> float | None:
     """A row in the quantity of a goal; None where it cannot be told (a ratio without the row it refers to)."""
-    ceilings = ledger["runs"][row["run"]]["ceilings"]
     seconds = row["median_us"] / 1e6
     if quantity in ("us", "host_us"):
         return row["median_us"]
@@ -174,6 +173,7 @@ def value_of(
     if quantity == "read_tbps":
         return row["bytes"] / seconds / 1e12
     if quantity in ("read_share", "copy_share"):
+        ceilings = ledger["runs"][row["run"]]["ceilings"]
         ceiling = ceilings[CEILINGS[quantity.removesuffix("_share")]]
         return row["bytes"] / seconds / 1e9 / ceiling
     if quantity == "ratio":
