@@ -186,7 +186,8 @@ def usage_of(job: tuple[str, int, int]) -> Usage:
 def modules_of(op: str) -> list[str]:
     """The op's modules with kernels: triton.py and triton_*.py, those that yield variants."""
     files = sorted((ROOT / "moekern" / "ops" / op).glob("triton*.py"))
-    return [f"moekern.ops.{op}.{f.stem}" for f in files if "\ndef aot_variants(" in f.read_text()]
+    names = re.compile(r"^def aot_variants\(|^from \S+ import .*\baot_variants\b", re.M)
+    return [f"moekern.ops.{op}.{f.stem}" for f in files if names.search(f.read_text())]
 
 
 @functools.cache

@@ -402,7 +402,7 @@ def aot_variants(gpu: _triton.Gpu) -> Iterator[_triton.Variant]:
     every: tuple[tuple[int, tuple[str, ...]], ...] = ((2, ("bf16", "fp16")), (4, ("fp32",)))
     for element_size, dtypes in every:
         # Wide experts, experts narrow in one dimension and in both; many rows, which are cut, and few.
-        for a, b in ((2816, 2048), (256, 128), (64, 64)):
+        for a, b in ((2816, 2048), (2048, 768), (256, 128), (64, 64)):
             for rows in (1, 1 << 16):
                 config = config_backward.choose_dw(rows, a, b, element_size, gpu)
                 found[replace(config, splits=min(config.splits, 2)), dtypes] = None
