@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.combine import ref
@@ -85,6 +85,19 @@ def _supports_cpu(y: Tensor, **_: Any) -> str | None:
     return None if y.dtype in SPEC.dtypes else f"dtype {y.dtype}"
 
 
+def _run_triton(y: Tensor, weights: Tensor, ids: Tensor | None, num_experts: int | None) -> Tensor:
+    from moekern.ops.combine import triton  # importing Triton takes 0.1 s, so it waits for the first call
+
+    rows = y if y.stride(-1) == 1 else y.contiguous()
+    ids = None if ids is None else ids.contiguous()
+    return triton.run(_fake(y, weights), rows, weights.contiguous(), ids, num_experts)
+
+
+def _supports_triton(y: Tensor, weights: Tensor, **_: Any) -> str | None:
+    unsupported = [t.dtype for t in (y, weights) if t.dtype not in SPEC.dtypes]
+    return _triton.refuses(y) or (f"dtype {unsupported[0]}" if unsupported else None)
+
+
 def _backward(saved: Any, grads: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     grad_TD, y, weights, ids = grads[0], saved["y"], saved["weights"], saved["ids"]
     if grad_TD is None:
@@ -152,6 +165,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.combine),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_combine_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=("model",),
