@@ -289,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    reason = None if options.tiny else machine.no_gpu()
+    reason = None if options.tiny else machine.cannot_measure()
     if reason is not None:
         print(f"bench e2e: no usable GPU: {reason} (--tiny tries the code on a CPU)", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ pair (quantity, value), the quantities being those of QUANTITIES.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Goal = tuple[str, float]
@@ -127,18 +127,24 @@ def _mla_cases() -> list[GpuCase]:
         decode(16, 16384),
         decompress(4096),
         decompress(16384),
-        *(GpuCase("mla_cache_write", f"T {t}", {"T": t, **MLA}) for t in (1, 16, 4096)),
+        *(
+            GpuCase("mla_cache_write", f"T {t}", {"T": t, **MLA}, compiled_peers=t != 16)
+            for t in (1, 16, 4096)
+        ),
     ]
 
 
 def _routing_cases() -> list[GpuCase]:
+    goals = _pair("us", 2.4, 1.8)
+    gate_topk = [GpuCase("gate_topk", f"E {e} K 8, T {t}", {"T": t, "E": e, "K": 8})
+                 for t in (1, 64, 4096) for e in (64, 128, 256, 512)]  # fmt: skip
     gate_topk = [
-        GpuCase("gate_topk", f"E {e} K 8, T {t}", {"T": t, "E": e, "K": 8}, "copy",
-                *(_pair("us", 2.4, 1.8) if (t, e) == (1, 256) else ()))
-        for t in (1, 64, 4096) for e in (64, 128, 256, 512)
-    ]  # fmt: skip
+        replace(c, at_least=goals[0], aim=goals[1], compiled_peers=True) if c.name == "E 256 K 8, T 1" else c
+        for c in gate_topk
+    ]
     gate = [
-        GpuCase("gate", f"D {d} E {e} K {k}, T {t}", {"T": t, "D": d, "E": e, "K": k}, "read" if t < 4096 else "copy")
+        GpuCase("gate", f"D {d} E {e} K {k}, T {t}", {"T": t, "D": d, "E": e, "K": k}, "read" if t < 4096 else "copy",
+                compiled_peers=(t, e) == (1, 64))
         for d, e, k in ((2048, 64, 6), (2048, 128, 8), (7168, 256, 8)) for t in (1, 64, 4096)
     ]  # fmt: skip
     # A layer's ids: one launch for a few tokens, several for many.
@@ -146,7 +152,10 @@ def _routing_cases() -> list[GpuCase]:
         GpuCase("route", f"E {e} K {k}, T {t}", {"T": t, "E": e, "K": k})
         for e, k in ((64, 6), (128, 8)) for t in (1, 64, 4096, 32768)
     ]  # fmt: skip
-    combine = [GpuCase("combine", f"D 2048 K 6, T {t}", {"T": t, "D": 2048, "K": 6}) for t in (1, 64, 4096)]
+    combine = [
+        GpuCase("combine", f"D 2048 K 6, T {t}", {"T": t, "D": 2048, "K": 6}, compiled_peers=t == 4096)
+        for t in (1, 64, 4096)
+    ]
     grouped = [
         GpuCase("grouped_gemm", f"V2-Lite gate and up, T {t}", {"T": t, **LAYERS["V2-Lite"]},
                 "gemm" if t >= 2048 else "read")

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,21 @@ def outcome_of(report: Path) -> dict[str, Any]:
     return {**counts, "not_passed": bad[:200]}
 
 
+def outcome_so_far(log: Path) -> dict[str, Any]:
+    """The same from the log of a run that was stopped before it wrote its XML."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    bad: list[str] = []
+    kinds = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
+    for line in log.read_text(errors="replace").splitlines():
+        found = re.search(rf"\b({'|'.join(kinds)})\b", line)
+        if found and "::" in line:
+            kind = kinds[found.group(1)]
+            counts[kind] += 1
+            if kind != "passed":
+                bad.append(f"{kind}: {line.strip()[:300]}")
+    return {**counts, "not_passed": bad[:200]}
+
+
 def run_tests(options: Options, timeout_s: float) -> dict[str, Any]:
     report = options.out / "tests.xml"
     report.unlink(missing_ok=True)
@@ -120,7 +136,7 @@ def run_tests(options: Options, timeout_s: float) -> dict[str, Any]:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-v",
         "-m",
         "gpu",
         f"--junitxml={report}",
@@ -134,9 +150,8 @@ def run_tests(options: Options, timeout_s: float) -> dict[str, Any]:
     start = time.monotonic()
     status, tail = run_logged(command, options.out / "tests.log", timeout_s, environment())
     result: dict[str, Any] = {"status": status, "seconds": time.monotonic() - start}
-    result |= (
-        outcome_of(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0, "not_passed": []}
-    )
+    # One line a test (-v), so that a run out of time still says what it found.
+    result |= outcome_of(report) if report.exists() else outcome_so_far(options.out / "tests.log")
     result["tail"] = tail if status else ""
     return result
 
@@ -255,7 +270,10 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--limit", type=float, default=595.0, help="seconds for everything (default 595)")
     found.add_argument(
-        "--workers", type=int, default=4, help="pytest workers, where pytest-xdist is installed"
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="pytest workers, where pytest-xdist is installed",
     )
     found.add_argument("--skip-build", action="store_true", help="use the libraries that are in the checkout")
     found.add_argument("--tests", metavar="TEXT", help="only GPU tests whose name contains TEXT")

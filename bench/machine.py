@@ -96,6 +96,15 @@ def no_gpu() -> str | None:
     return None
 
 
+def cannot_measure() -> str | None:
+    """Why this process can measure no kernel, or None."""
+    from moekern import _triton
+
+    return no_gpu() or (
+        "TRITON_INTERPRET is set: kernels would be interpreted" if _triton.interpreted() else None
+    )
+
+
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 

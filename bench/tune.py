@@ -290,7 +290,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     cases = chosen_cases(options.op, options.only)
-    reason = machine.no_gpu()
+    reason = machine.cannot_measure()
     if reason is not None:
         print(f"bench tune: no usable GPU: {reason}", file=sys.stderr)
         return 2

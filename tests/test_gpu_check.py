@@ -42,6 +42,21 @@ def test_pytest_report_is_read(tmp_path: Path) -> None:
     assert any("test_skipped" in line and "why not" in line for line in found["not_passed"])
 
 
+@pytest.mark.parametrize("prefix", ["{name} {kind} [ 50%]", "[gw1] [ 50%] {kind} {name} "])
+def test_a_log_without_a_report_is_read(tmp_path: Path, prefix: str) -> None:
+    """As `pytest -v` writes it, alone and with workers."""
+    lines = [
+        prefix.format(name=f"tests/test_it.py::test_{k}", kind=k)
+        for k in ("PASSED", "PASSED", "FAILED", "SKIPPED")
+    ]
+    (tmp_path / "tests.log").write_text(
+        "\n".join([*lines, "tests/test_it.py::test_running", "FAILED to start"])
+    )
+    found = gpu_check.outcome_so_far(tmp_path / "tests.log")
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)
+    assert [line.split(":")[0] for line in found["not_passed"]] == ["failed", "skipped"]
+
+
 GOOD: dict[str, Any] = {
     "build": {"status": 0},
     "tests": {"status": 0, "passed": 5, "failed": 0, "skipped": 0},
