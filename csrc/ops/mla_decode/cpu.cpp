@@ -9,8 +9,8 @@
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/rows.h"
-#include "ops/mla_decode/amx.h"
 #include "ops/mla_decode/block.h"
+#include "ops/mla_decode/lanes.h"
 #include "ops/mla_decode/params.h"
 
 namespace moekern::MOEKERN_ISA {
@@ -19,8 +19,7 @@ namespace {
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Workspace {
-  float* queries;  // [B, padded rows, padded R + padded P]; bf16 in the same place when the attention runs on
-                   // AMX
+  float* queries;  // [B, padded rows, padded R + padded P]; fp32
   float* partial;  // [B, splits, padded rows, padded R], not divided by their sums
   float* maxima;   // [B, splits, padded rows]
   float* sums;     // [B, splits, padded rows]
@@ -143,14 +142,14 @@ void attend_block(const MlaDecodeParams& p, const Block<T>& block, const float* 
 }
 
 // Attends to the runs of positions; one item is one run, one group of rows of one sequence.
-template <class T, bool kAmx>
+template <class T, bool kLanesAreRows>
 void attend(const MlaDecodeParams& p, Workspace& work) {
   const int64_t run = p.split_positions(), groups = p.num_groups();
   work.users = 0;
   const int64_t work_size = p.batch * p.rows() * p.positions * (2 * p.rank + p.rope);
   for_items(p.batch * p.num_splits * groups, work_size, [&](auto next) {
     float* scratch = work.take();
-    [[maybe_unused]] const AmxScope<kAmx> tiles;
+    [[maybe_unused]] const AmxScope<kHaveAmx && kLanesAreRows> tiles;
     Block<T> block;
     for (int64_t item = next(); item >= 0; item = next()) {
       const int64_t b = item / (p.num_splits * groups), split = item / groups % p.num_splits,
@@ -158,7 +157,8 @@ void attend(const MlaDecodeParams& p, Workspace& work) {
       const int64_t length = length_of(p, b), begin = split * run, end = std::min(begin + run, length);
       if (begin >= end) continue;
       const int64_t first = group * kMlaGroupRows;
-      const int64_t rows = std::min<int64_t>(kMlaGroupRows, (kAmx ? p.padded_rows() : p.rows()) - first);
+      const int64_t rows =
+          std::min<int64_t>(kMlaGroupRows, (kLanesAreRows ? p.padded_rows() : p.rows()) - first);
       const int64_t at = (b * p.num_splits + split) * p.padded_rows() + first;
       const float* q = work.queries + (b * p.padded_rows() + first) * p.padded_width();
       float* partial = work.partial + at * p.padded_rank();
@@ -171,9 +171,9 @@ void attend(const MlaDecodeParams& p, Workspace& work) {
           if (block.num_visible > 0) add();
         }
       };
-      if constexpr (kAmx) {
-        AmxAttention<T> amx(p, q, first, rows, scratch, partial, work.maxima + at, work.sums + at);
-        each_block([&] { amx.add(block); });
+      if constexpr (kLanesAreRows) {
+        LaneAttention<T> lanes(p, q, first, rows, scratch, partial, work.maxima + at, work.sums + at);
+        each_block([&] { lanes.add(block); });
       } else {
         each_block([&] {
           attend_block(p, block, q, first, rows, scratch, partial, work.maxima + at, work.sums + at);
@@ -237,7 +237,7 @@ template <class T>
 void run(const MlaDecodeParams& p) {
   Workspace work(p);
   absorb<T>(p, work);
-  if constexpr (kHaveAmx && std::is_same_v<T, bfloat16>) {
+  if constexpr (kHaveBf16 && std::is_same_v<T, bfloat16>) {
     attend<T, true>(p, work);
   } else {
     attend<T, false>(p, work);

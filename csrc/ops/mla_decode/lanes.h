@@ -1,7 +1,7 @@
-// The attention of mla_decode on AMX, for bf16. Scores are computed transposed, S^T = latent q^T: the cache
-// is the A operand straight from memory, positions are tile rows, and (query, head) rows are lanes, so that
-// the softmax over positions works lane by lane. For O = P V the 64 positions are interleaved in pairs once
-// for all rows.
+// The attention of mla_decode for bf16, on AMX or vdpbf16ps. Scores are computed transposed, S^T = latent
+// q^T: the cache is read as it lies in memory (the A operand of AMX, broadcast pairs otherwise), and (query,
+// head) rows are lanes, so that the softmax over positions works lane by lane. For O = P V the 64 positions
+// are interleaved in pairs once for all rows.
 #pragma once
 
 #include <limits>
@@ -11,17 +11,23 @@
 
 namespace moekern::MOEKERN_ISA {
 
-template <class T>
-class AmxAttention;
+#if defined(__AVX512BF16__)
+constexpr bool kHaveBf16 = true;
+#else
+constexpr bool kHaveBf16 = false;
+#endif
 
-#if defined(__AMX_BF16__)
+template <class T>
+class LaneAttention;
+
+#if defined(__AVX512BF16__)
 
 template <>
-class AmxAttention<bfloat16> {
+class LaneAttention<bfloat16> {
  public:
   // Rows `first` .. first + rows (a multiple of 16) of one sequence; scratch holds p.scratch_size() floats.
-  AmxAttention(const MlaDecodeParams& p, const float* queries, int64_t first, int64_t rows, float* scratch,
-               float* partial, float* maxima, float* sums)
+  LaneAttention(const MlaDecodeParams& p, const float* queries, int64_t first, int64_t rows, float* scratch,
+                float* partial, float* maxima, float* sums)
       : p_(p),
         first_(first),
         tiles_(rows / 16),
@@ -124,6 +130,7 @@ class AmxAttention<bfloat16> {
     }
   }
 
+#if defined(__AMX_BF16__)
   // scores_ [64 positions][16 rows].
   void score(int64_t tile, Rows latent, Rows k_rope) {
     tile_fence();
@@ -168,6 +175,99 @@ class AmxAttention<bfloat16> {
     _tile_stored(2, scores_ + 512, 64);
     _tile_stored(3, scores_ + 768, 64);
   }
+
+  // partial_ += weights_ V.
+  void accumulate(int64_t tile) {
+    float* out = partial_ + tile * 16 * rank_;
+    const int64_t bytes = rank_ * 4;
+    tile_fence();
+    _tile_loadd(4, weights_, 64);
+    _tile_loadd(5, weights_ + kTile, 64);
+    for (int64_t c = 0; c < rank_; c += 32) {  // two tiles of columns: their chains overlap
+      const bfloat16* v = pairs_ + c / 16 * 2 * kTile;
+      _tile_loadd(0, out + c, bytes);
+      _tile_loadd(1, out + c + 16, bytes);
+      _tile_loadd(6, v, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, v + 2 * kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(2, v + kTile, 64);
+      _tile_dpbf16ps(0, 5, 2);
+      _tile_loadd(3, v + 3 * kTile, 64);
+      _tile_dpbf16ps(1, 5, 3);
+      _tile_stored(0, out + c, bytes);
+      _tile_stored(1, out + c + 16, bytes);
+    }
+  }
+#else
+  static __m512bh pair_of(const bfloat16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+
+  static __m512bh load_pairs(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+  // scores_ [64 positions][16 rows], 16 positions at a time: 18 loads for 32 products.
+  void score(int64_t tile, Rows latent, Rows k_rope) {
+    constexpr int kPositions = 16;
+    for (int t = 0; t < kMlaBlock; t += kPositions) {
+      const bfloat16* q = queries_ + tile * 16 * (width_ + rank_);
+      __m512 sum[kPositions] = {};
+      for (int64_t k = 0; k < rank_; k += 32, q += 2 * kTile) {
+        // The same lines of the next block: a prefetch past the last one is harmless.
+        for (int i = 0; i < kPositions; ++i) {
+          _mm_prefetch(latent.data + (t + i + kMlaBlock) * latent.stride + k, _MM_HINT_T1);
+        }
+        for (int j = 0; j < 32; j += 2) {
+          const __m512bh high = load_pairs(q + 16 * j), low = load_pairs(q + kTile + 16 * j);
+          for (int i = 0; i < kPositions; ++i) {
+            const __m512bh pair = pair_of(latent.data + (t + i) * latent.stride + k + j);
+            sum[i] = _mm512_dpbf16_ps(sum[i], high, pair);
+            sum[i] = _mm512_dpbf16_ps(sum[i], low, pair);
+          }
+        }
+      }
+      for (int64_t k = 0; k < width_ - rank_; k += 32, q += kTile) {
+        for (int j = 0; j < 32; j += 2) {
+          const __m512bh high = load_pairs(q + 16 * j);
+          for (int i = 0; i < kPositions; ++i) {
+            sum[i] = _mm512_dpbf16_ps(sum[i], high, pair_of(k_rope.data + (t + i) * k_rope.stride + k + j));
+          }
+        }
+      }
+      for (int i = 0; i < kPositions; ++i) _mm512_storeu_ps(scores_ + (t + i) * 16, sum[i]);
+    }
+  }
+
+  // partial_ += weights_ V, 8 rows by 32 columns at a time: 10 loads for 16 products.
+  void accumulate(int64_t tile) {
+    constexpr int kRows = 8;
+    float* out = partial_ + tile * 16 * rank_;
+    for (int64_t c = 0; c < rank_; c += 32) {
+      const bfloat16* v = pairs_ + c / 16 * 2 * kTile;
+      for (int m = 0; m < 16; m += kRows) {
+        __m512 sum[kRows][2];
+        for (int i = 0; i < kRows; ++i) {
+          for (int h = 0; h < 2; ++h) sum[i][h] = _mm512_loadu_ps(out + (m + i) * rank_ + c + 16 * h);
+        }
+        for (int pair = 0; pair < kMlaBlock / 2; ++pair) {
+          const bfloat16* from = v + pair * 32;
+          const __m512bh left = load_pairs(from), right = load_pairs(from + 2 * kTile);
+          const bfloat16* w = weights_ + pair / 16 * kTile + pair % 16 * 2;
+          for (int i = 0; i < kRows; ++i) {
+            const __m512bh weight = pair_of(w + (m + i) * 32);
+            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], weight, left);
+            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], weight, right);
+          }
+        }
+        for (int i = 0; i < kRows; ++i) {
+          for (int h = 0; h < 2; ++h) _mm512_storeu_ps(out + (m + i) * rank_ + c + 16 * h, sum[i][h]);
+        }
+      }
+    }
+  }
+#endif
 
   // Scores to softmax weights: weights_ [2 halves][16 rows][32 positions]; rescales what was added before.
   void soften(int64_t tile, const Block<bfloat16>& block) {
@@ -215,30 +315,6 @@ class AmxAttention<bfloat16> {
       float* row = partial_ + (tile * 16 + i) * rank_;
       const VecF factor = splat(decay[i]);
       for (int64_t c = 0; c < rank_; c += 16) store(row + c, load(row + c) * factor);
-    }
-  }
-
-  // partial_ += weights_ V.
-  void accumulate(int64_t tile) {
-    float* out = partial_ + tile * 16 * rank_;
-    const int64_t bytes = rank_ * 4;
-    tile_fence();
-    _tile_loadd(4, weights_, 64);
-    _tile_loadd(5, weights_ + kTile, 64);
-    for (int64_t c = 0; c < rank_; c += 32) {  // two tiles of columns: their chains overlap
-      const bfloat16* v = pairs_ + c / 16 * 2 * kTile;
-      _tile_loadd(0, out + c, bytes);
-      _tile_loadd(1, out + c + 16, bytes);
-      _tile_loadd(6, v, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, v + 2 * kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(2, v + kTile, 64);
-      _tile_dpbf16ps(0, 5, 2);
-      _tile_loadd(3, v + 3 * kTile, 64);
-      _tile_dpbf16ps(1, 5, 3);
-      _tile_stored(0, out + c, bytes);
-      _tile_stored(1, out + c + 16, bytes);
     }
   }
 
