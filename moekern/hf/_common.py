@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,14 +78,37 @@ def reason_against_weights(weights: Mapping[str, Any]) -> str | None:
     return None
 
 
-def reason_without_kernel(op: str, device: torch.device) -> str | None:
-    """Why an op has nothing faster than its reference on this device, or None. MOEKERN_BACKEND overrules it."""
+def reason_without_kernel(op: str, device: torch.device, **arguments: Any) -> str | None:
+    """Why an op has nothing faster than its reference on this device, or None. MOEKERN_BACKEND overrules it.
+
+    arguments: a call's arguments, to ask the kernels too whether they take them; only shapes and dtypes matter.
+    """
     if os.environ.get("MOEKERN_BACKEND"):
         return None
-    available = _op.backends_of(ops.SPECS[op])
-    candidates = [name for name in _op.default_order(device.type) if name != "ref"]
-    if any(available[name] is None for name in candidates):
+    spec = ops.SPECS[op]
+    reasons = {}
+    for name in _op.default_order(device.type):
+        backend = spec.backends.get(name)
+        if name != "ref" and backend is not None:
+            reasons[name] = _op.unavailable(backend) or (
+                backend.supports(**spec.bind((), arguments)) if arguments else None
+            )
+    if None in reasons.values():
         return None
-    return (
-        f"no {device.type} kernel for {op} yet" if device.type != "cpu" else f"no kernel: {available['cpu']}"
-    )
+    kind = "" if device.type == "cpu" else f"{device.type} "
+    return f"no {kind}kernel for {op}: {'; '.join(filter(None, reasons.values())) or 'there is none yet'}"
+
+
+@functools.cache
+def _has_kernel(op: str, device_type: str, _forced: str | None) -> bool:
+    return reason_without_kernel(op, torch.device(device_type)) is None
+
+
+def has_kernel(op: str, device: torch.device) -> bool:
+    """reason_without_kernel for a forward: the weights may have gone, after patching, to where there is no kernel.
+
+    Cached, and taken for granted on the CPU and by a compiler, which would trace into the search for Triton.
+    """
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return True
+    return _has_kernel(op, device.type, os.environ.get("MOEKERN_BACKEND"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +132,32 @@ def reason_against(module: Any) -> str | None:
         return reason
     if any(weight.dim() != (2 if name.endswith("bias") else 3) for name, weight in weights.items()):
         return "its weights are not stacked per expert"
-    device = next(iter(weights.values())).device
-    return _common.reason_without_kernel("fused_experts", device) or _mismatch(module, arguments)
+    if torch.compiler.is_compiling():  # a module chosen by name; what follows cannot be traced
+        return None
+    reason = _reason_without_kernel(module, weights, arguments)
+    if reason is not None:
+        return reason
+    # Kept per instance, for a module that is chosen by name asks in every forward: 340 us, 40 with the answer at hand.
+    key = (type(module), getattr(module, "act_fn", None), *arguments.values())
+    known, answer = _MISMATCHES.get(module, (None, None))
+    if known != key:
+        answer = _mismatch(module, arguments)
+        _MISMATCHES[module] = (key, answer)
+    return answer
+
+
+_MISMATCHES: weakref.WeakKeyDictionary[Any, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
+
+
+def _reason_without_kernel(module: Any, weights: dict[str, Any], arguments: dict[str, Any]) -> str | None:
+    w_gate_up, w_down, *biases = weights.values()
+    width = w_gate_up.shape[1 if module.is_transposed else 2]
+    b_gate_up, b_down = biases or (None, None)
+    return _common.reason_without_kernel(
+        "fused_experts", w_gate_up.device, x=w_gate_up.new_empty(1, width), w_gate_up=w_gate_up, w_down=w_down,
+        weights=w_gate_up.new_empty(1, 1), ids=w_gate_up.new_empty(1, 1, dtype=torch.int64), b_gate_up=b_gate_up,
+        b_down=b_down, transposed=module.is_transposed, **arguments,
+    )  # fmt: skip
 
 
 def _mismatch(module: Any, arguments: dict[str, Any]) -> str | None:
@@ -180,7 +205,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     arguments = activation_arguments(module)
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
     weight = getattr(module, prefix)
-    if arguments is None or _moved(weight):
+    if arguments is None or not _common.has_kernel("fused_experts", weight.device):
         return _own_forward(module, hidden_states, top_k_index, top_k_weights)
     # transformers' grouped_mm casts to the weight dtype too: autocast does not reach a custom op.
     out = ops.fused_experts(
@@ -195,14 +220,6 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         **arguments,
     )
     return out.to(hidden_states.dtype)
-
-
-def _moved(weight: Tensor) -> bool:
-    """Whether the weights went, after patching, to where there is no kernel."""
-    return (
-        weight.device.type != "cpu"
-        and _common.reason_without_kernel("fused_experts", weight.device) is not None
-    )
 
 
 def _own_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -57,8 +57,23 @@ def reason_against(module: Any) -> str | None:
     if not _is_plain_linear(module.kv_b_proj):
         return f"kv_b_proj is a {type(module.kv_b_proj).__name__} or has a bias or hooks"
     weight = module.kv_b_proj.weight
-    return _common.reason_against_weights({"kv_b_proj.weight": weight}) or _common.reason_without_kernel(
-        "mla_decode", weight.device
+    reason = _common.reason_against_weights({"kv_b_proj.weight": weight})
+    return reason or _reason_without_kernel(module, weight)
+
+
+def _reason_without_kernel(module: Any, weight: Tensor) -> str | None:
+    nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
+    num_heads = weight.shape[0] // (nope + module.v_head_dim)
+    cached = {
+        "latent": weight.new_empty(1, 1, weight.shape[1]),
+        "k_rope": weight.new_empty(1, 1, rope),
+        "w_kv_b": weight,
+    }
+    query = weight.new_empty(1, 1, num_heads, nope + rope)
+    return _common.reason_without_kernel(
+        "mla_decode", weight.device, **cached, q=query, scale=1.0
+    ) or _common.reason_without_kernel(
+        "mla_decompress", weight.device, **cached, num_heads=num_heads, nope_dim=nope, v_width=nope + rope
     )
 
 
@@ -138,17 +153,24 @@ def _attend_expanded(
     nope, value_width = module.qk_nope_head_dim, module.v_head_dim
     # The heads of the weight, not of the config: tensor parallelism keeps a part of them.
     num_heads = weight.shape[0] // (nope + value_width)
-    # torch's fast SDPA kernels want V as wide as K: 2030 ms -> 79 ms for 4096 tokens and 16 heads of 192/128 (bf16, 2 threads).
+    # Flash attention wants V as wide as K, on the CPU and on CUDA; the kernels that do without are the math one on the CPU
+    # (2030 ms against 79 ms for 4096 tokens and 16 heads of 192/128, bf16, 2 threads) and the memory-efficient one on CUDA.
     key, value = ops.mla_decompress(latent, k_rope, weight, num_heads, nope, v_width=query.shape[-1])
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     return out[..., :value_width].transpose(1, 2).contiguous()
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:
-    """The mask as booleans, or None when it is none or carries more than 0 and minus infinity."""
+    """The mask as booleans, or None when it is none, carries more than 0 and minus infinity, or cannot be looked at."""
     if mask is None or mask.dtype == torch.bool:
         return mask
     if torch.compiler.is_compiling():
+        return None
+    if mask.device.type != "cpu":  # a look would wait for the GPU, in every layer
+        _warn_once(
+            "moekern: masks of numbers (attn_implementation='eager') make every step expand the whole latent cache on a "
+            "GPU, as the unpatched model does; attn_implementation='sdpa' has boolean ones"
+        )
         return None
     attends = mask == 0
     return attends if bool((attends | (mask <= torch.finfo(mask.dtype).min)).all()) else None
@@ -169,7 +191,7 @@ def _needs_own_path(
         query.device.type
     ):
         return True
-    if weight.device.type != "cpu" and _common.reason_without_kernel("mla_decode", weight.device) is not None:
+    if not _common.has_kernel("mla_decode", weight.device):
         return True
     if torch.is_grad_enabled() and (query.requires_grad or latent.requires_grad or weight.requires_grad):
         return True

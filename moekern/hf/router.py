@@ -25,7 +25,7 @@ def _is_fused(row: Router, module: Any, x: Tensor) -> bool:
         row.logits in FUSED
         and x.dim() == 2
         and x.shape[0] <= MAX_GATE_TOKENS
-        and x.device.type == "cpu"
+        and _common.has_kernel("gate", x.device)
         and not (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad))
         and not torch.is_autocast_enabled(x.device.type)
         and module.weight.dtype in _common.DTYPES

@@ -32,6 +32,20 @@ def test_by_name(name: str) -> None:
     torch.testing.assert_close(outputs(model, ids), before, rtol=1e-4, atol=1e-4)
 
 
+def test_by_name_compiles_and_checks_a_module_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("mixtral"), prompt()
+    model.set_experts_implementation("moekern")
+    checks = []
+    original = hf_experts._mismatch
+    monkeypatch.setattr(hf_experts, "_mismatch", lambda *a: checks.append(a[0]) or original(*a))
+    expected = [outputs(model, ids) for _ in range(2)]
+    assert checks == [layer.mlp.experts for layer in model.model.layers]
+    torch.compiler.reset()
+    torch.testing.assert_close(
+        outputs(torch.compile(model, backend="eager", fullgraph=True), ids), expected[0]
+    )
+
+
 def test_by_name_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     hf_experts._warn_once.cache_clear()
     model, ids = build("inkling2"), prompt()

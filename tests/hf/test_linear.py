@@ -170,7 +170,9 @@ def test_report_is_one_line() -> None:
 
 
 def test_no_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear._common, "reason_without_kernel", lambda op, device: f"no kernel for {op}")
+    monkeypatch.setattr(
+        linear._common, "reason_without_kernel", lambda op, device, **_: f"no kernel for {op}"
+    )
     layer = _layer(torch.bfloat16)
     assert _linears(moekern.patch(_beside(layer))) == {"1": "no kernel for grouped_gemm"}
     assert "forward" not in layer.__dict__

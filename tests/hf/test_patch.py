@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -235,10 +236,29 @@ def test_router_that_the_table_does_not_describe() -> None:
 
 def test_device_without_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOEKERN_BACKEND", raising=False)
+    from moekern import ops
+    from moekern._op import Backend
     from moekern.hf import _common
 
-    reason = _common.reason_without_kernel("mla_decode", torch.device("cuda"))
-    assert reason == "no cuda kernel for mla_decode yet"
+    reason, cuda = _common.reason_without_kernel, torch.device("cuda")
+    spec = ops.SPECS["mla_decode"]
+    narrow = Backend(spec.ref, lambda: None, lambda latent, **_: "too wide" if latent.shape[2] > 8 else None)
+    absent = Backend(spec.ref, lambda: "no driver")
+    for backends, given, expected in (
+        ({}, {}, "no cuda kernel for mla_decode: there is none yet"),
+        ({"triton": absent}, {}, "no cuda kernel for mla_decode: no driver"),
+        ({"triton": narrow}, {}, None),
+        ({"triton": narrow}, {"latent": torch.empty(1, 1, 8)}, None),
+        ({"triton": narrow}, {"latent": torch.empty(1, 1, 9)}, "no cuda kernel for mla_decode: too wide"),
+    ):
+        monkeypatch.setitem(ops.SPECS, "mla_decode", dataclasses.replace(spec, backends=backends))
+        assert reason("mla_decode", cuda, **given) == expected
+        _common._has_kernel.cache_clear()
+        assert _common.has_kernel("mla_decode", cuda) == (expected is None or bool(given))
+        assert _common.has_kernel("mla_decode", torch.device("cpu"))
+    monkeypatch.setenv("MOEKERN_BACKEND", "triton")
+    assert reason("mla_decode", cuda, latent=torch.empty(1, 1, 9)) is None
+    _common._has_kernel.cache_clear()
 
 
 def test_no_patched_module_at_all_warns(caplog: pytest.LogCaptureFixture) -> None:
