@@ -134,21 +134,21 @@ def _best_us(call: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
     return sorted(interleave({"": timed}, 0.5)[""])[0]
 
 
-def ceilings(num_bytes: int = 2 << 30, size: int = 8192) -> dict[str, float]:
+def ceilings(num_bytes: int = 2 << 30, size: int = 8192, device: str = "cuda") -> dict[str, float]:
     """What this device reaches on random data: a bf16 GEMM, reading, copying (bytes read and written both counted), and a
     graph node that does next to nothing. Ceilings are best times; a row's own time is a median."""
     from bench.read_kernel import TILE_BYTES, read_all
 
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     gemm_us = _best_us(lambda matrices: torch.mm(matrices[0], matrices[1], out=matrices[2]), [(a, b, out)])
     free = torch.cuda.mem_get_info()[0]
     num_bytes = min(num_bytes, free // 4) // TILE_BYTES * TILE_BYTES
-    data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device="cuda").view(torch.int32)
+    data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device).view(torch.int32)
     target = torch.empty_like(data)
     read_us = min(_best_us(read_all, [data]), _best_us(lambda x: torch.sum(x.view(torch.float32)), [data]))
     copy_us = _best_us(lambda x: target.copy_(x), [data])
-    one = torch.zeros(1, device="cuda")
+    one = torch.zeros(1, device=device)
     node = interleave({"": prepare(lambda x: x.add_(1), [one])}, 0.5)[""]
     return {
         "gemm_tflops": 2 * size**3 / gemm_us / 1e6,

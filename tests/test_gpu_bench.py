@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,8 +178,11 @@ def test_the_reading_kernel_reads_everything() -> None:
     from bench import read_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = torch.randint(-99, 99, (2 * read_kernel.TILE_BYTES // 4,), dtype=torch.int32, device=device)
-    assert read_kernel.read_all(data).tolist() == data.view(2, -1).sum(1).tolist()
+    data = torch.randint(
+        -(2**31), 2**31 - 1, (2 * read_kernel.TILE_BYTES // 4,), dtype=torch.int32, device=device
+    )
+    expected = np.bitwise_xor.reduce(data.view(2, -1).cpu().numpy(), axis=1)
+    assert read_kernel.read_all(data).tolist() == expected.tolist()
 
 
 @needs_no_gpu
