@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, Case, OpSpec
 from moekern.ops.grouped_gemm import ref
@@ -153,6 +153,23 @@ def _run_cpu(x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None, 
     return out
 
 
+def _run_triton(x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None, bias: Tensor | None,
+                row_scale: Tensor | None, **rest: Any) -> Tensor:  # fmt: skip
+    from moekern.ops.grouped_gemm import (
+        triton,
+    )  # importing Triton takes 0.1 s, so it waits for the first call
+
+    return triton.run(
+        rows_contiguous(x), weight, offsets.contiguous(), gather=None if gather is None else gather.contiguous(),
+        bias=None if bias is None else rows_contiguous(bias),
+        row_scale=None if row_scale is None else row_scale.contiguous(), **rest,
+    )  # fmt: skip
+
+
+def _supports_triton(x: Tensor, **_: Any) -> str | None:
+    return _triton.refuses(x) or (None if x.dtype in SPEC.dtypes else f"dtype {x.dtype}")
+
+
 def supports_cpu(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}"
@@ -280,6 +297,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.grouped_gemm),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_grouped_gemm_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=("model",),
