@@ -30,7 +30,7 @@ def shrink_tiles(monkeypatch: pytest.MonkeyPatch, splits: int, block_k: int = 16
         return config_backward.WeightGradConfig(32, 16, block_k, splits, 4, 2)
 
     def rows(*_: Any) -> config_backward.RowsConfig:
-        return config_backward.RowsConfig(2, 16, 4)
+        return config_backward.RowsConfig(2, 16, 4, splits)
 
     monkeypatch.setattr(config_backward, "choose_dw", dw)
     for name in ("choose_activation_backward", "choose_column_sum", "choose_row_sum"):

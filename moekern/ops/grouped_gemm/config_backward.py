@@ -30,11 +30,13 @@ class WeightGradConfig:
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """block_rows x block_columns: what a program of a row-wise kernel holds at a time."""
+    """block_rows x block_columns: what a program of a row-wise kernel holds at a time. splits: as above, of column
+    sums."""
 
     block_rows: int
     block_columns: int
     num_warps: int
+    splits: int = 1
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -95,15 +97,19 @@ def candidates_activation_backward(num_rows: int, width: int, num_sms: int) -> I
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_column_sum(width: int) -> RowsConfig:
+def choose_column_sum(num_rows: int, width: int, num_sms: int) -> RowsConfig:
     """For sums over each expert's rows, width columns."""
-    return RowsConfig(32, 128 if width > 64 else 64, 4)
+    block_columns = 128 if width > 64 else 64
+    splits = max(1, min(_cdiv(num_sms, _cdiv(width, block_columns)), num_rows // MIN_CHUNK))
+    return RowsConfig(32, block_columns, 4, splits)
 
 
-def candidates_column_sum(width: int) -> Iterator[RowsConfig]:
+def candidates_column_sum(num_rows: int, width: int, num_sms: int) -> Iterator[RowsConfig]:
+    picked = choose_column_sum(num_rows, width, num_sms)
     for block_rows in (16, 32, 64):
         for block_columns in (32, 64, 128):
-            yield RowsConfig(block_rows, block_columns, 4)
+            for splits in sorted({1, picked.splits}):
+                yield RowsConfig(block_rows, block_columns, 4, splits)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,7 +5,6 @@ M rows sorted by expert, E experts, F width of an activation, N width of a produ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -171,65 +170,15 @@ def activation_backward(z: Tensor, dh: Tensor, offsets: Tensor, activation: str,
             _grouped_gemm_activation_bwd_kernel[(triton.cdiv(num_rows, config.block_rows),)](
                 z, dh, scale, index, offsets, dz, h, d_scale, num_rows, offsets.shape[0] - 1, width, dh.stride(0),
                 limit or 0.0, alpha, up_shift,
-                **_activation_constants(config, activation, gated, interleaved, limit is not None, add),
+                **activation_constants(config, activation, gated, interleaved, limit is not None, add),
                 num_warps=config.num_warps,
             )  # fmt: skip
     return dz, h
 
 
-def _activation_constants(config: RowsConfig, activation: str, gated: bool, interleaved: bool, limited: bool,
+def activation_constants(config: RowsConfig, activation: str, gated: bool, interleaved: bool, limited: bool,
                           add: bool) -> dict[str, Any]:  # fmt: skip
     return {
         "ACTIVATION": ACTIVATIONS.index(activation), "GATED": gated, "INTERLEAVED": interleaved, "LIMITED": limited,
         "ADD": add, "BLOCK_R": config.block_rows, "BLOCK_F": config.block_columns,
     }  # fmt: skip
-
-
-def specialised(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], absent: tuple[str, ...],
-                 **rest: Any) -> _triton.Variant:  # fmt: skip
-    """Pointers and strides aligned, as allocations of models are; `absent` pointers are None."""
-    return _triton.Variant(
-        name=name,
-        kernel=kernel,
-        types={n: t for n, t in types.items() if n not in absent},
-        constants={**constants, **dict.fromkeys(absent)},
-        aligned=tuple(
-            n for n, t in types.items()
-            if n not in absent and (t[0] == "*" or n.startswith("stride") or n in ("A", "B", "N", "F", "D", "size"))
-        ),
-        **rest,
-    )  # fmt: skip
-
-
-def _activation_variant(config: RowsConfig, activation: str, gated: bool, interleaved: bool, dtype: str, absent: tuple[str, ...],
-                        worst: bool) -> _triton.Variant:  # fmt: skip
-    types = {
-        "z_ptr": "*fp32", "dh_ptr": f"*{dtype}", "scale_ptr": "*fp32", "index_ptr": "*i32", "offsets_ptr": "*i32",
-        "dz_ptr": f"*{dtype}", "h_ptr": f"*{dtype}", "d_scale_ptr": "*fp32",
-        **dict.fromkeys(("num_rows", "num_experts", "F", "stride_dh"), "i32"),
-        **dict.fromkeys(("limit", "alpha", "up_shift"), "fp32"),
-    }  # fmt: skip
-    layout = ("interleaved" if interleaved else "halves") if gated else "not gated"
-    return specialised(
-        f"{dtype} {activation} {layout} {config.block_rows}x{config.block_columns}{' plain' if absent else ''}",
-        _grouped_gemm_activation_bwd_kernel, types,
-        _activation_constants(config, activation, gated, interleaved, True, True), absent, num_warps=config.num_warps,
-        worst=worst,
-    )  # fmt: skip
-
-
-def variants(gpu: _triton.Gpu) -> Iterator[_triton.Variant]:
-    """For the static gate."""
-    for rows in (1, 1 << 16):
-        for width in (128, 1408):
-            rows_config = config_backward.choose_activation_backward(rows, width, gpu.num_sms)
-            for activation in ACTIVATIONS:
-                for gated, interleaved in ((True, True), (True, False), (False, False)):
-                    for dtype in ("bf16", "fp16", "fp32"):
-                        # gelu has the longest code, the interleaved layout the most shuffles.
-                        worst = (activation, interleaved, dtype) == ("gelu", True, "bf16")
-                        yield _activation_variant(
-                            rows_config, activation, gated, interleaved, dtype, (), worst
-                        )
-    yield _activation_variant(rows_config, "silu", True, False, "bf16", ("scale_ptr", "index_ptr", "h_ptr", "d_scale_ptr"),
-                              True)  # fmt: skip

@@ -6,8 +6,6 @@ blocks over the expert's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from moekern import _triton
 from moekern._triton_lib import dot, round_to
-from moekern.ops.grouped_gemm import config_backward, triton_activation_backward
-from moekern.ops.grouped_gemm.config_backward import WeightGradConfig
+from moekern.ops.grouped_gemm import config_backward
+from moekern.ops.grouped_gemm.config_backward import RowsConfig, WeightGradConfig
 from moekern.ops.grouped_gemm.triton_activation_backward import bounded
 
 REDUCE_BLOCK = 1024  # elements of a gradient that one program sums from its partials
@@ -32,6 +30,40 @@ def _splits_of(offsets_ptr, num_rows, num_experts, chunk, BLOCK_E: tl.constexpr)
     end = bounded(tl.load(offsets_ptr + e + 1, mask=e < num_experts, other=0), num_rows)
     # end + chunk may pass 2^31.
     return begin, end, tl.where(end - begin > chunk, (end - begin - 1) // chunk + 1, 0)
+
+
+@triton.jit
+def _split(offsets_ptr, num_rows, num_experts, chunk, slot, BLOCK_E: tl.constexpr):
+    """Expert (-1: none) and rows of a slot: the splits of all experts that are cut, one after the other."""
+    begins, ends, splits = _splits_of(offsets_ptr, num_rows, num_experts, chunk, BLOCK_E)
+    last = tl.cumsum(splits, axis=0)
+    expert = tl.sum((last <= slot).to(tl.int32), axis=0)
+    mine = tl.arange(0, BLOCK_E) == expert
+    first = tl.sum(tl.where(mine, last - splits, 0), axis=0)
+    begin = tl.sum(tl.where(mine, begins, 0), axis=0) + (slot - first) * chunk
+    left = tl.sum(tl.where(mine, ends, 0), axis=0) - begin
+    return tl.where(expert < num_experts, expert, -1), begin, begin + tl.minimum(left, chunk)
+
+
+@triton.jit
+def _rows_of(
+    unit, offsets_ptr, num_rows, num_experts, num_slots, chunk, CUT: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Expert (-1: none) and rows of a unit of work: the first num_slots are splits, which have the most rows, then come
+    the experts that are not cut."""
+    if not CUT:
+        expert = unit
+        begin = bounded(tl.load(offsets_ptr + unit), num_rows)
+        end = bounded(tl.load(offsets_ptr + unit + 1), num_rows)
+    elif unit >= num_slots:
+        expert = unit - num_slots
+        begin = bounded(tl.load(offsets_ptr + expert), num_rows)
+        end = bounded(tl.load(offsets_ptr + expert + 1), num_rows)
+        if end - begin > chunk:
+            expert = -1
+    else:
+        expert, begin, end = _split(offsets_ptr, num_rows, num_experts, chunk, unit, BLOCK_E)
+    return expert, begin, end
 
 
 @triton.jit
@@ -63,19 +95,9 @@ def _grouped_gemm_dw_kernel(
     unit = tl.program_id(0) // (tiles_a * tiles_b)
     tile = tl.program_id(0) % (tiles_a * tiles_b)
 
-    # The rows of this program. The first num_slots units are splits, which have the most rows; then the experts.
-    if partial_ptr is None:
-        expert = unit
-        begin = bounded(tl.load(offsets_ptr + unit), num_rows)
-        end = bounded(tl.load(offsets_ptr + unit + 1), num_rows)
-    elif unit >= num_slots:
-        expert = unit - num_slots
-        begin = bounded(tl.load(offsets_ptr + expert), num_rows)
-        end = bounded(tl.load(offsets_ptr + expert + 1), num_rows)
-        if end - begin > chunk:
-            expert = -1
-    else:
-        expert, begin, end = _split(offsets_ptr, num_rows, num_experts, chunk, unit, BLOCK_E)
+    expert, begin, end = _rows_of(
+        unit, offsets_ptr, num_rows, num_experts, num_slots, chunk, partial_ptr is not None, BLOCK_E
+    )
     if expert < 0:
         return
 
@@ -129,19 +151,6 @@ def _grouped_gemm_dw_kernel(
 
 
 @triton.jit
-def _split(offsets_ptr, num_rows, num_experts, chunk, slot, BLOCK_E: tl.constexpr):
-    """Expert (-1: none) and rows of a slot: the splits of all experts that are cut, one after the other."""
-    begins, ends, splits = _splits_of(offsets_ptr, num_rows, num_experts, chunk, BLOCK_E)
-    last = tl.cumsum(splits, axis=0)
-    expert = tl.sum((last <= slot).to(tl.int32), axis=0)
-    mine = tl.arange(0, BLOCK_E) == expert
-    first = tl.sum(tl.where(mine, last - splits, 0), axis=0)
-    begin = tl.sum(tl.where(mine, begins, 0), axis=0) + (slot - first) * chunk
-    left = tl.sum(tl.where(mine, ends, 0), axis=0) - begin
-    return tl.where(expert < num_experts, expert, -1), begin, begin + tl.minimum(left, chunk)
-
-
-@triton.jit
 def _grouped_gemm_dw_reduce_kernel(partial_ptr, offsets_ptr, out_ptr, num_rows, num_experts, chunk, size,
                                    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """Sums the partials of the program_id(1)-th expert that is cut, in the order of its rows. size: A * B."""
@@ -172,19 +181,28 @@ def _grouped_gemm_db_kernel(
     scale_ptr,  # or None; row i is multiplied by scale[gather[i]], without gather by scale[i]
     offsets_ptr,  # [E+1]
     out_ptr,  # [E, N]
+    partial_ptr,  # [num_slots, N] fp32, or None: no expert is cut
     num_rows,
     num_gathered,
+    num_experts,
+    num_slots,
+    chunk,
     N,
     stride_a,
     GATHER_DIV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """Column sums of each expert's rows."""
-    expert = tl.program_id(1)
-    begin = bounded(tl.load(offsets_ptr + expert), num_rows)
-    end = bounded(tl.load(offsets_ptr + expert + 1), num_rows)
-    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_N)
+    unit = tl.program_id(0) // tiles
+    expert, begin, end = _rows_of(
+        unit, offsets_ptr, num_rows, num_experts, num_slots, chunk, partial_ptr is not None, BLOCK_E
+    )
+    if expert < 0:
+        return
+    at = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     # A running sum per element; those of a column are added once, at the end, in the order of a tree.
     total = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     for r in range(begin, end, BLOCK_R):
@@ -206,7 +224,12 @@ def _grouped_gemm_db_kernel(
             a *= tl.load(scale_ptr + index, mask=live, other=0.0).to(tl.float32)[:, None]
         total += a
     found = tl.sum(total, axis=0)
-    tl.store(out_ptr + expert.to(tl.int64) * N + at, round_to(found, out_ptr.dtype.element_ty), mask=at < N)
+    if partial_ptr is not None and unit < num_slots:
+        tl.store(partial_ptr + unit.to(tl.int64) * N + at, found, mask=at < N)
+    else:
+        tl.store(
+            out_ptr + expert.to(tl.int64) * N + at, round_to(found, out_ptr.dtype.element_ty), mask=at < N
+        )
 
 
 @triton.jit
@@ -240,8 +263,29 @@ def _grouped_gemm_dx_kernel(
     tl.store(out_ptr + i * D + at, round_to(total, out_ptr.dtype.element_ty), mask=at < D)
 
 
-def _block_experts(num_experts: int) -> int:
+def block_experts(num_experts: int) -> int:
     return 1 << max(num_experts - 1, 0).bit_length()
+
+
+def _cut(out: Tensor, num_rows: int, splits: int, multiple: int) -> tuple[Tensor | None, int, int]:
+    """Workspace, number of slots and rows of a split for a gradient [E, ..]; an expert with more rows is cut."""
+    if splits == 1:
+        return None, 0, 0
+    # chunk >= M / splits, so fewer than `splits` experts are cut, and the last split of each is rounded up: at most
+    # 2 * splits - 2 altogether.
+    chunk = triton.cdiv(triton.cdiv(num_rows, splits), multiple) * multiple
+    num_slots = 2 * splits - 2
+    return out.new_empty((num_slots, *out.shape[1:]), dtype=torch.float32), num_slots, chunk
+
+
+def _sum_partials(
+    out: Tensor, partial: Tensor, offsets: Tensor, num_rows: int, splits: int, chunk: int
+) -> None:
+    size = out.stride(0)
+    _grouped_gemm_dw_reduce_kernel[(triton.cdiv(size, REDUCE_BLOCK), splits - 1)](
+        partial, offsets, out, num_rows, out.shape[0], chunk, size, BLOCK=REDUCE_BLOCK,
+        BLOCK_E=block_experts(out.shape[0]),
+    )  # fmt: skip
 
 
 def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype, *, gather: Tensor | None = None,
@@ -258,35 +302,25 @@ def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype, *
         return out
     gpu = _triton.gpu_of(a.device)
     config = config_backward.choose_dw(num_rows, size_a, size_b, a.element_size(), gpu)
-    partial, num_slots, chunk = None, 0, 0
-    if config.splits > 1:
-        # chunk >= M / splits, so fewer than `splits` experts are cut, and the last splits of each round up: at most
-        # 2 * splits - 2 altogether.
-        chunk = triton.cdiv(triton.cdiv(num_rows, config.splits), config.block_k) * config.block_k
-        num_slots = 2 * config.splits - 2
-        partial = a.new_empty((num_slots, size_a, size_b), dtype=torch.float32)
+    partial, num_slots, chunk = _cut(out, num_rows, config.splits, config.block_k)
     tiles = triton.cdiv(size_a, config.block_a) * triton.cdiv(size_b, config.block_b)
     with _triton.guard(a):
         _grouped_gemm_dw_kernel[(tiles * (num_experts + num_slots),)](
             a, b, gather, offsets, out, partial, num_rows, (a if gather_a else b).shape[0], num_experts, num_slots, chunk,
-            size_a, size_b, a.stride(0), b.stride(0), **_dw_constants(config, num_experts, gather_a, gather_div),
+            size_a, size_b, a.stride(0), b.stride(0), **dw_constants(config, num_experts, gather_a, gather_div),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if partial is not None:
-            size = size_a * size_b
-            _grouped_gemm_dw_reduce_kernel[(triton.cdiv(size, REDUCE_BLOCK), config.splits - 1)](
-                partial, offsets, out, num_rows, num_experts, chunk, size, BLOCK=REDUCE_BLOCK,
-                BLOCK_E=_block_experts(num_experts),
-            )  # fmt: skip
+            _sum_partials(out, partial, offsets, num_rows, config.splits, chunk)
     return out
 
 
-def _dw_constants(
+def dw_constants(
     config: WeightGradConfig, num_experts: int, gather_a: bool, gather_div: int
 ) -> dict[str, Any]:
     return {
         "GATHER_A": gather_a, "GATHER_DIV": gather_div, "BLOCK_A": config.block_a, "BLOCK_B": config.block_b,
-        "BLOCK_K": config.block_k, "BLOCK_E": _block_experts(num_experts),
+        "BLOCK_K": config.block_k, "BLOCK_E": block_experts(num_experts),
     }  # fmt: skip
 
 
@@ -297,13 +331,25 @@ def bias_gradient(a: Tensor, offsets: Tensor, dtype: torch.dtype, *, gather: Ten
     out = a.new_empty((num_experts, width), dtype=dtype)
     if out.numel() == 0:
         return out
-    config = config_backward.choose_column_sum(width)
+    num_rows = (a if gather is None else gather).shape[0]
+    config = config_backward.choose_column_sum(num_rows, width, _triton.gpu_of(a.device).num_sms)
+    partial, num_slots, chunk = _cut(out, num_rows, config.splits, config.block_rows)
+    tiles = triton.cdiv(width, config.block_columns)
     with _triton.guard(a):
-        _grouped_gemm_db_kernel[(triton.cdiv(width, config.block_columns), num_experts)](
-            a, gather, scale, offsets, out, (a if gather is None else gather).shape[0], a.shape[0], width, a.stride(0),
-            GATHER_DIV=gather_div, BLOCK_R=config.block_rows, BLOCK_N=config.block_columns, num_warps=config.num_warps,
+        _grouped_gemm_db_kernel[(tiles * (num_experts + num_slots),)](
+            a, gather, scale, offsets, out, partial, num_rows, a.shape[0], num_experts, num_slots, chunk, width, a.stride(0),
+            **db_constants(config, num_experts, gather_div), num_warps=config.num_warps,
         )  # fmt: skip
+        if partial is not None:
+            _sum_partials(out, partial, offsets, num_rows, config.splits, chunk)
     return out
+
+
+def db_constants(config: RowsConfig, num_experts: int, gather_div: int) -> dict[str, Any]:
+    return {
+        "GATHER_DIV": gather_div, "BLOCK_R": config.block_rows, "BLOCK_N": config.block_columns,
+        "BLOCK_E": block_experts(num_experts),
+    }  # fmt: skip
 
 
 def sum_gathered(rows: Tensor, gather: Tensor, num_sources: int) -> Tensor:
@@ -333,83 +379,3 @@ def _sum_rows(rows: Tensor, count: int, *, starts: Tensor | None = None, order: 
                 BLOCK_D=config.block_columns, num_warps=config.num_warps,
             )  # fmt: skip
     return out
-
-
-def _tensor_cores(gpu: _triton.Gpu, element_size: int) -> str:
-    if element_size == 4:
-        return ""
-    return {90: "HGMMA", 100: "UTCHMMA"}.get(gpu.capability, "HMMA")
-
-
-def _dw_variant(
-    gpu: _triton.Gpu, config: WeightGradConfig, dtype: str, gather: str, worst: bool
-) -> _triton.Variant:
-    types = {
-        "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "gather_ptr": "*i32", "offsets_ptr": "*i32", "out_ptr": f"*{dtype}",
-        "partial_ptr": "*fp32",
-        **dict.fromkeys(("num_rows", "num_gathered", "num_experts", "num_slots", "chunk", "A", "B", "stride_a", "stride_b"),
-                        "i32"),
-    }  # fmt: skip
-    absent = (("partial_ptr",) if config.splits == 1 else ()) + (("gather_ptr",) if gather == "none" else ())
-    element_size = 4 if dtype == "fp32" else 2
-    tile = f"{config.block_a}x{config.block_b}x{config.block_k}"
-    return triton_activation_backward.specialised(
-        f"{dtype} {tile} splits {config.splits} gather {gather}", _grouped_gemm_dw_kernel, types,
-        _dw_constants(config, 64, gather == "a", 6), absent, num_warps=config.num_warps, num_stages=config.num_stages,
-        tensor_cores=_tensor_cores(gpu, element_size), requires=("LDGSTS.128",),
-        min_shared=config.shared(element_size) * (config.num_stages - 1) // config.num_stages, worst=worst,
-    )  # fmt: skip
-
-
-def _small_variants(dtype: str, worst: bool) -> Iterator[_triton.Variant]:
-    """The reductions."""
-    counts = dict.fromkeys(
-        ("num_rows", "num_gathered", "num_experts", "chunk", "N", "D", "size", "stride_a"), "i32"
-    )
-
-    def only(kernel: Any, pointers: dict[str, str]) -> dict[str, str]:
-        return {n: {**pointers, **counts}[n] for n in kernel.arg_names if n in pointers or n in counts}
-
-    types = only(
-        _grouped_gemm_dw_reduce_kernel,
-        {"partial_ptr": "*fp32", "offsets_ptr": "*i32", "out_ptr": f"*{dtype}"},
-    )
-    for num_experts in (64, 512):
-        constants = {"BLOCK": REDUCE_BLOCK, "BLOCK_E": num_experts}
-        yield triton_activation_backward.specialised(
-            f"{dtype} E{num_experts}", _grouped_gemm_dw_reduce_kernel, types, constants, (), worst=worst
-        )
-    types = only(_grouped_gemm_db_kernel, {"a_ptr": f"*{dtype}", "gather_ptr": "*i32", "scale_ptr": "*fp32",
-                                           "offsets_ptr": "*i32", "out_ptr": f"*{dtype}"})  # fmt: skip
-    for width in (64, 2048):
-        config = config_backward.choose_column_sum(width)
-        constants = {"GATHER_DIV": 6, "BLOCK_R": config.block_rows, "BLOCK_N": config.block_columns}
-        yield triton_activation_backward.specialised(f"{dtype} {config.block_rows}x{config.block_columns}", _grouped_gemm_db_kernel, types, constants,
-                           (), num_warps=config.num_warps, worst=worst)  # fmt: skip
-    types = only(_grouped_gemm_dx_kernel, {"rows_ptr": f"*{dtype}", "starts_ptr": "*i32", "order_ptr": "*i32",
-                                           "ids_ptr": "*i64", "out_ptr": f"*{dtype}"})  # fmt: skip
-    for width in (256, 2048):
-        config = config_backward.choose_row_sum(width)
-        constants = {"K": 8, "BLOCK_D": config.block_columns}
-        for how, absent in (("pairs", ("starts_ptr", "order_ptr")), ("sorted", ("ids_ptr",))):
-            yield triton_activation_backward.specialised(f"{dtype} {config.block_columns} {how}", _grouped_gemm_dx_kernel, types, constants, absent,
-                               num_warps=config.num_warps, worst=worst)  # fmt: skip
-
-
-def aot_variants(gpu: _triton.Gpu) -> Iterator[_triton.Variant]:
-    """Specialisations for the static gate: every configuration that config_backward returns."""
-    found: dict[tuple[WeightGradConfig, tuple[str, ...]], None] = {}
-    every: tuple[tuple[int, tuple[str, ...]], ...] = ((2, ("bf16", "fp16")), (4, ("fp32",)))
-    for element_size, dtypes in every:
-        # Wide experts, experts narrow in one dimension and in both; many rows, which are cut, and few.
-        for a, b in ((2816, 2048), (2048, 768), (256, 128), (64, 64)):
-            for rows in (1, 1 << 16):
-                config = config_backward.choose_dw(rows, a, b, element_size, gpu)
-                found[replace(config, splits=min(config.splits, 2)), dtypes] = None
-    for config, dtypes in found:
-        for dtype in dtypes:
-            for gather in ("b", "a", "none"):
-                yield _dw_variant(gpu, config, dtype, gather, worst=dtype == dtypes[0] and gather == "b")
-    yield from triton_activation_backward.variants(gpu)
-    for dtype in ("bf16", "fp16", "fp32"):
-        yield from _small_variants(dtype, worst=dtype == "bf16")
