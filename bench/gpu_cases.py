@@ -109,9 +109,14 @@ def _expert_cases() -> list[GpuCase]:
 
 
 def _mla_cases() -> list[GpuCase]:
-    def decode(batch: int, length: int, goals: tuple[Goal, Goal] | None = None) -> GpuCase:
+    def decode(
+        batch: int, length: int, goals: tuple[Goal, Goal] | tuple[None, None] = (None, None)
+    ) -> GpuCase:
         name = f"16 heads, batch {batch}, {length} cached"
-        return GpuCase("mla_decode", name, {"B": batch, "S": length, **MLA}, "read", *(goals or ()))
+        shape = {"B": batch, "S": length, **MLA}
+        return GpuCase(
+            "mla_decode", name, shape, "read", goals[0], goals[1], compiled_peers=(batch, length) == (1, 4096)
+        )
 
     def decompress(length: int) -> GpuCase:
         goals = _pair("copy_share", 0.80, 0.90)

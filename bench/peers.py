@@ -166,16 +166,25 @@ def _liger(_: Wrap) -> Call:
 
 
 def sdpa_after_decompression(
-    q: Tensor, latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, scale: float
+    q: Tensor, latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, scale: float, pad: bool = False
 ) -> Tensor:
-    """What transformers does: K and V of all heads from the cache (its `expand_kv`), then SDPA. [B, 1, H, V]."""
+    """What transformers does: K and V of all heads from the cache (its `expand_kv`), then SDPA. [B, 1, H, V]. pad: V as wide
+    as K, which torch's flash attention asks for."""
     num_heads, width = q.shape[2:]
     nope = width - k_rope.shape[-1]
     kv = functional.linear(latent, w_kv_b).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     shared = k_rope[:, None].expand(-1, num_heads, -1, -1)
     k = torch.cat((kv[..., :nope], shared), dim=-1)
-    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k, kv[..., nope:], scale=scale)
-    return out.transpose(1, 2)
+    v = kv[..., nope:]
+    value_dim = v.shape[-1]
+    if pad:
+        v = functional.pad(v, (0, width - value_dim))
+    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale)
+    return out[..., :value_dim].transpose(1, 2)
+
+
+def sdpa_padded(q: Tensor, latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, scale: float) -> Tensor:
+    return sdpa_after_decompression(q, latent, k_rope, w_kv_b, scale, pad=True)
 
 
 def _one_query(arguments: Mapping[str, Any]) -> str | None:
@@ -232,10 +241,12 @@ def _entries() -> Iterator[Peer]:
     make_torch = functools.partial(_only, torch_experts, ("x", "w_gate_up", "w_down", "weights", "ids"))
     yield experts("torch grouped_mm", make_torch, _no_grouped_mm, _plain_experts, compiles=True)
     yield experts("liger-kernel", _liger, _no_liger, _plain_experts)
-    attention = functools.partial(
-        _only, sdpa_after_decompression, ("q", "latent", "k_rope", "w_kv_b", "scale")
-    )
-    yield Peer("mla_decode", "SDPA after decompression", attention, supports=_one_query)
+    for name, attention in (
+        ("SDPA after decompression", sdpa_after_decompression),
+        ("SDPA after decompression, V padded", sdpa_padded),
+    ):
+        make_attention = functools.partial(_only, attention, ("q", "latent", "k_rope", "w_kv_b", "scale"))
+        yield Peer("mla_decode", name, make_attention, supports=_one_query, compiles=True)
     for op, name, function, names in (
         ("gate_topk", "torch", torch_gate, ("logits", "top_k")),
         ("gate", "torch", torch_router, ("x", "weight", "top_k")),

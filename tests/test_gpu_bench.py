@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +212,19 @@ GATING = [
 
 
 class Clock:
-    """Seconds that pass by themselves: `step` at every look."""
+    """Time passes while a case is measured only."""
 
-    def __init__(self, step: float) -> None:
-        self.now, self.step = 0.0, step
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[GpuCase], float]) -> None:
+        self.now = 0.0
+        measure = gpu_bench.measure_case
+
+        def measured(case: GpuCase, *rest: Any) -> Any:
+            self.now += seconds(case)
+            return measure(case, *rest)
+
+        monkeypatch.setattr(gpu_bench, "measure_case", measured)
 
     def __call__(self) -> float:
-        self.now += self.step
         return self.now
 
 
@@ -257,13 +265,34 @@ def test_rows_are_written_one_after_the_other(tmp_path: Path, monkeypatch: pytes
 
 @needs_no_gpu
 @pytest.mark.usefixtures("gating")
-def test_the_budget_ends_it_and_stale_rows_go_first(tmp_path: Path) -> None:
+def test_the_budget_ends_it_and_stale_rows_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     current = ledger.hash_for("gate_topk", "triton")
     rows = [row(case=c.name, source_hash=current if i != 2 else "0") for i, c in enumerate(GATING[:3])]
     ledger.write_json(tmp_path / "results" / "test-1" / "gpu.json", ledger_of(*rows))
-    state = bench(tmp_path, clock=Clock(160.0))
-    assert [r["case"] for r in state["rows"]] == [GATING[3].name, GATING[2].name]  # missing, then stale
+    state = bench(tmp_path, clock=Clock(monkeypatch, lambda case: 200.0))
+    # Missing, then stale; the third would not end within the 480 seconds, as the first two took 200 each.
+    assert [r["case"] for r in state["rows"]] == [GATING[3].name, GATING[2].name]
     assert state["left"] == [gpu_bench.label(c) for c in GATING[:2]]
+
+
+@needs_no_gpu
+@pytest.mark.usefixtures("gating")
+def test_a_case_that_compiles_peers_is_left_when_time_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = dataclasses.replace(GATING[1], compiled_peers=True)
+    monkeypatch.setattr(gpu_bench, "CASES", (GATING[0], slow, GATING[2]))
+    clock = Clock(monkeypatch, lambda case: 440.0 if case is GATING[0] else 1.0)
+    assert bench(tmp_path, clock=clock)["left"] == [
+        gpu_bench.label(c) for c in (slow, GATING[2])
+    ]  # 440 s may come again
+    clock = Clock(monkeypatch, lambda case: 10.0)
+    (tmp_path / "gpu.json").unlink()
+    options = Options(tmp_path, 60.0, results=tmp_path / "results", clock=clock)
+    with torch.no_grad():
+        state = gpu_bench.bench(options, lambda text: None)
+    assert [r["case"] for r in state["rows"]] == [GATING[0].name, GATING[2].name]
+    assert state["left"] == [gpu_bench.label(slow)]
 
 
 @needs_no_gpu
@@ -349,10 +378,11 @@ def test_what_the_sanitizer_watches(
     pytest.importorskip("triton")
     monkeypatch.setattr(sanitized, "DEVICE", "cpu")
     monkeypatch.setattr(sanitized, "CASES_PER_OP", 1)
-    monkeypatch.setattr(sanitized.ops, "SPECS", {"gate_topk": SPECS["gate_topk"]})
+    some = {name: SPECS[name] for name in ("gate_topk", "combine")}
+    monkeypatch.setattr(sanitized.ops, "SPECS", some)
     assert sanitized.main() == 0
-    assert "6 calls" in capsys.readouterr().out
-    for spec in SPECS.values():
+    assert "2 calls" in capsys.readouterr().out
+    for spec in some.values():
         found = sanitized.short_cases(spec)
         assert found
         assert all(c.small for c in found)
