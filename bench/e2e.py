@@ -7,6 +7,7 @@ All contenders share the weights and the cached latents and are timed in turns. 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -255,10 +256,12 @@ def _prefixed(name: str, progress: Callable[[str], Any]) -> Callable[[str], Any]
 
 
 def rows(lab: Lab, chosen: list[GpuCase], state: dict[str, Any], run: str, budget_s: float,
-         progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The rows of the cases; what failed is noted in the state."""
+         progress: Callable[[str], Any], deadline: float = math.inf) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of the cases, those with a goal first; what failed is noted in the state. None is begun after the deadline."""
     ceilings = state["runs"][run]["ceilings"]
-    for case in chosen:
+    for case in sorted(chosen, key=lambda c: c.at_least is None):
+        if time.monotonic() > deadline:
+            return
         progress(case.name)
         try:
             yield measure(lab, case, run, ceilings, budget_s, _prefixed(case.name, progress))
@@ -284,6 +287,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="adds the rows to DIR/gpu.json")
     parser.add_argument("--only", metavar="TEXT", help="only the cases whose name contains TEXT")
     parser.add_argument(
+        "--budget", type=float, default=1e9, metavar="S", help="begin no case after S seconds"
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="2 tiny layers on the CPU: tries the code, measures nothing"
     )
 
@@ -299,6 +305,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("e2e: --out names the directory for the rows")
     from tqdm import tqdm
 
+    deadline = time.monotonic() + options.budget
     size = TINY if options.tiny else Size()
     with tqdm(
         desc=f"{size.layers} layers, random weights", leave=False, disable=None, unit="", unit_scale=True
@@ -313,7 +320,9 @@ def run(options: argparse.Namespace) -> int:
     if not options.tiny:
         state, name = gpu_bench.start_run(gpu_bench.Options(options.out, 0.0))
     with torch.no_grad(), tqdm(total=len(cases), leave=False, disable=None, unit="case") as bar:
-        for row in rows(lab, cases, state, name, 0.0 if options.tiny else ROW_S, bar.set_description):
+        for row in rows(
+            lab, cases, state, name, 0.0 if options.tiny else ROW_S, bar.set_description, deadline
+        ):
             state["rows"] = [r for r in state["rows"] if ledger.key_of(r) != ledger.key_of(row)] + [row]
             bar.update()
             bar.write(describe(row))

@@ -15,7 +15,8 @@ CUDA_SOURCES = (
     "csrc/common/*.cuh", "csrc/common/*cuda*", "csrc/common/dispatch.h", "csrc/common/scalar.h", "cmake/cuda.cmake",
 )  # fmt: skip
 TRITON_SOURCES = ("moekern/ops/{op}/triton*.py", "moekern/ops/{op}/config*.py")
-DEFINITIONS = ("ref.py", "cases.py")  # what an op means and is tested with, not what it is built from
+# What an op means, is tested with and is compiled as ahead of time, not what it is built from.
+NOT_BUILT = ("ref.py", "cases.py", "variants.py")
 
 
 def _imported(path: Path, only_lazy: bool = False) -> Iterator[tuple[str, str | None]]:
@@ -32,13 +33,19 @@ def _imported(path: Path, only_lazy: bool = False) -> Iterator[tuple[str, str | 
                 yield from ((node.module, alias.name) for alias in node.names)
 
 
+def _forward(op: str, root: Path) -> list[Path]:
+    """An op's kernels and configurations; those of its backward, which no row measures, only where these import them."""
+    found = [path for pattern in TRITON_SOURCES for path in root.glob(pattern.format(op=op))]
+    return [path for path in found if "backward" not in path.name]
+
+
 def _kernels_of(op: str, root: Path) -> list[Path]:
     """What an op's Triton backend begins with: its kernels, its configurations, and what its contract imports lazily."""
-    found = [path for pattern in TRITON_SOURCES for path in root.glob(pattern.format(op=op))]
+    found = _forward(op, root)
     contract = root / "moekern" / "ops" / op / "__init__.py"
     if found and contract.is_file():
         for module, name in _imported(contract, only_lazy=True):
-            found += _resolved(module, name, root)
+            found += [path for path in _resolved(module, name, root) if "backward" not in path.name]
     return found
 
 
@@ -52,11 +59,11 @@ def _resolved(module: str, name: str | None, root: Path) -> list[Path]:
     for path in candidates:
         if path.is_file():
             host_only = path.parent == root / "moekern" and not path.name.startswith("_triton")
-            return [] if host_only or path.name in DEFINITIONS else [path]
+            return [] if host_only or path.name in NOT_BUILT else [path]
     if parts[:2] == ["moekern", "ops"]:
         op = parts[2] if len(parts) > 2 else name
         if op and (root / "moekern" / "ops" / op).is_dir():
-            return [p for pattern in TRITON_SOURCES for p in root.glob(pattern.format(op=op))]
+            return _forward(op, root)
     return []
 
 

@@ -84,6 +84,18 @@ def test_a_broken_patch_gets_no_row(lab: e2e.Lab, monkeypatch: pytest.MonkeyPatc
     assert "WrongResult: the patched model's logits differ by 1." in why
 
 
+def test_the_case_with_a_goal_comes_first_and_none_after_the_deadline(
+    lab: e2e.Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(e2e, "measure", lambda lab, case, *rest: {"case": case.name})
+    state: dict[str, Any] = {"runs": {"first": {"ceilings": CEILINGS}}, "failed": {}}
+    cases = lab.cases()
+    cases[1] = dataclasses.replace(cases[1], at_least=("speedup", 2.0))
+    found = [row["case"] for row in e2e.rows(lab, cases, state, "first", 0.0, lambda text: None)]
+    assert found == [cases[i].name for i in (1, 0, *range(2, len(cases)))]
+    assert list(e2e.rows(lab, cases, state, "first", 0.0, lambda text: None, deadline=0.0)) == []
+
+
 def _shuffled(output: Any) -> Any:
     output.logits = output.logits.roll(1, -1)
     return output

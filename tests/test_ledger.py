@@ -75,12 +75,12 @@ def test_an_op_made_of_others_depends_on_their_kernels(tmp_path: Path) -> None:
     write(tmp_path, {
         "moekern/_op.py": "", "moekern/_triton.py": "", "moekern/_triton_lib.py": "",
         "moekern/ops/a/__init__.py": "import torch\ndef run():\n from moekern.ops.b import triton\n from moekern import _op\n",
-        "moekern/ops/a/triton.py": "from moekern.ops.a import ref\nfrom moekern.ops import d\nfrom moekern._op import x\n",
+        "moekern/ops/a/triton.py": "from moekern.ops.a import ref, variants\nfrom moekern.ops import d\nfrom moekern._op import x\n",
         "moekern/ops/a/ref.py": "",
         "moekern/ops/b/__init__.py": "from moekern.ops.e import x\n", "moekern/ops/b/triton.py":
             "import moekern.ops.c.tiles\nfrom moekern.ops.b.config import choose\n",
         "moekern/ops/b/config.py": "", "moekern/ops/c/tiles.py": "", "moekern/ops/d/__init__.py": "",
-        "moekern/ops/d/triton_small.py": "", "moekern/ops/d/ref.py": "", "moekern/ops/e/triton.py": "",
+        "moekern/ops/d/triton_small.py": "", "moekern/ops/a/variants.py": "", "moekern/ops/a/triton_backward.py": "", "moekern/ops/d/ref.py": "", "moekern/ops/e/triton.py": "",
         "moekern/ops/f/__init__.py": "def run():\n from moekern.ops.b import triton\n",
     })  # fmt: skip
     names = {
