@@ -30,24 +30,23 @@ def test_contenders_take_the_same_step(lab: e2e.Lab, mode: str) -> None:
     assert lab.report.patched
     weights = [dict(model.named_parameters()) for model in lab.models.values()]
     assert all(p.data_ptr() == weights[0][n].data_ptr() for w in weights[1:] for n, p in w.items())
+    names = [
+        n for n in lab.models if mode == "eager" or "batched" not in n
+    ]  # compiling takes seconds a contender
     with torch.no_grad():
         step = e2e.Step(lab, 3, 8, mode == "compiled")
-        calls = {name: step.function(model) for name, model in lab.models.items()}
+        calls = {name: step.function(lab.models[name]) for name in names}
         logits = {name: step.logits(call) for name, call in calls.items()}
         again = {name: step.logits(call) for name, call in reversed(calls.items())}
     torch.compiler.reset()
     for name, value in logits.items():
         assert torch.equal(value, again[name]), f"{name} depends on the steps before it"
         assert gpu_bench.error_of("model", value, logits["transformers grouped_mm"]) < 0.05
-    with torch.no_grad():
-        other = e2e.Step(lab, 3, 8, mode == "compiled")  # other cached tokens
-        assert (
-            gpu_bench.error_of(
-                "model", other.logits(other.function(lab.models["moekern"])), logits["moekern"]
-            )
-            > 0.2
-        )
-    torch.compiler.reset()
+    if mode == "eager":
+        with torch.no_grad():
+            other = e2e.Step(lab, 3, 8, False)  # other cached tokens
+            found = other.logits(other.function(lab.models["moekern"]))
+        assert gpu_bench.error_of("model", found, logits["moekern"]) > 0.2
 
 
 def test_a_row(lab: e2e.Lab) -> None:
@@ -103,7 +102,7 @@ def _shuffled(output: Any) -> Any:
 
 def test_the_smoke_mode(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(e2e, "TINY", dataclasses.replace(e2e.TINY, lengths=(8,)))
-    assert main(["e2e", "--tiny", "--only", "batch 1"]) == 0
+    assert main(["e2e", "--tiny", "--only", "batch 1, 8 cached, eager"]) == 0
     assert main(["e2e", "--tiny", "--only", "nonsense"]) == 1
     assert "no case's name contains 'nonsense'" in capsys.readouterr().err
 
