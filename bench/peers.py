@@ -109,15 +109,12 @@ def _grouped_mm() -> Callable[..., Tensor] | None:
 
 
 def _no_grouped_mm() -> str | None:
-    if _grouped_mm() is None:
-        return f"torch {torch.__version__} has no grouped_mm"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-        return "torch's grouped_mm loops on the host below compute capability 9.0"
-    return None
+    return None if _grouped_mm() is not None else f"torch {torch.__version__} has no grouped_mm"
 
 
 def torch_experts(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """The whole layer with torch's grouped GEMM: sort, gather, two GEMMs, weighted sum in fp32."""
+    """The whole layer with torch's grouped GEMM: sort, gather, two GEMMs, weighted sum in fp32. Below compute capability 9.0
+    torch loops over the experts on the host."""
     grouped_mm = _grouped_mm()
     assert grouped_mm is not None
     num_tokens, top_k = ids.shape
