@@ -258,7 +258,7 @@ def reference_gradients(spec: OpSpec, function: Any, arguments: dict[str, Any]) 
     grid(
         dtypes=(torch.float32, torch.bfloat16),
         specs=lambda s: s.backward is not None,
-        only=lambda s, v: v in ("ref", best_cpu(s)),
+        only=lambda s, v: v in ("ref", best_cpu(s)) or interpreted(v),
         keep=lambda s, v, dtype, case: case in light_cases(s, 10 if v == "ref" else 3),
     ),
 )

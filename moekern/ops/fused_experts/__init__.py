@@ -16,7 +16,13 @@ from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, OpSpec
 from moekern.ops.fused_experts import ref
 from moekern.ops.fused_experts.cases import CASES
-from moekern.ops.grouped_gemm import check_bias, check_weight, rows_contiguous, supports_cpu
+from moekern.ops.grouped_gemm import (
+    backward_in_triton,
+    check_bias,
+    check_weight,
+    rows_contiguous,
+    supports_cpu,
+)
 from moekern.ops.grouped_gemm.activation import ACTIVATIONS, activate, check_activation
 from moekern.ops.grouped_gemm.ref import linear
 from moekern.ops.route import check_ids
@@ -145,11 +151,20 @@ def _supports_cpu(x: Tensor, **_: Any) -> str | None:
 _DIFFERENTIABLE = ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")
 
 
+def _run_backward(*args: Any) -> list[Tensor]:
+    *arguments, backend = args
+    if not backward_in_triton(arguments[1], backend):
+        return ref.fused_experts_backward(*arguments)
+    from moekern.ops.fused_experts.triton_backward import fused_experts_backward  # imports Triton
+
+    return fused_experts_backward(*arguments)
+
+
 def _backward_fake(grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, ids: Tensor,
                    b_gate_up: Tensor | None, b_down: Tensor | None, *rest: Any) -> list[Tensor]:  # fmt: skip
     inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
     return [torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t, need in zip(inputs, rest[-1], strict=True) if need and t is not None]  # fmt: skip
+            for t, need in zip(inputs, rest[-2], strict=True) if need and t is not None]  # fmt: skip
 
 
 # An op of its own, so that a compiler does not trace into the loop over experts.
@@ -157,8 +172,8 @@ _op._define(
     "_fused_experts_backward",
     "(Tensor grad, Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor ids, Tensor? b_gate_up, "
     "Tensor? b_down, str activation, bool gated, bool interleaved, bool transposed, float? limit, float alpha, "
-    "float up_shift, bool reduce, bool[] needs) -> Tensor[]",
-    ref.fused_experts_backward,
+    "float up_shift, bool reduce, bool[] needs, str? backend) -> Tensor[]",
+    _run_backward,
     _backward_fake,
 )
 
@@ -167,7 +182,9 @@ def _backward(saved: Any, grads: tuple[Tensor | None, ...]) -> dict[str, Tensor 
     if grads[0] is None:
         return {}
     needs = [name in saved["needs"] for name in _DIFFERENTIABLE]
-    found = torch.ops.moekern._fused_experts_backward(grads[0], *(saved[n] for n in SPEC.arguments), needs)
+    found = torch.ops.moekern._fused_experts_backward(
+        grads[0], *(saved[n] for n in SPEC.arguments), needs, saved.get("backend")
+    )
     return dict(zip((n for n, need in zip(_DIFFERENTIABLE, needs, strict=True) if need), found, strict=True))
 
 

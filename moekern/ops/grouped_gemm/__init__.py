@@ -6,6 +6,7 @@ M rows, E experts, D width of a row, N width of a product (2F when gated: F gate
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -183,10 +184,27 @@ def _supports_cpu(x: Tensor, **_: Any) -> str | None:
 _DIFFERENTIABLE = ("x", "weight", "bias", "row_scale")
 
 
+def backward_in_triton(x: Tensor, backend: str | None) -> bool:
+    """Whether a gradient comes from the Triton kernels: as the forward, but other backends have that of ref."""
+    forced = backend or os.environ.get("MOEKERN_BACKEND") or None
+    if forced != "triton" and (forced is not None or x.device.type != "cuda"):
+        return False
+    return _triton.unavailable() is None and _supports_triton(x) is None
+
+
+def _run_backward(*args: Any) -> list[Tensor]:
+    *arguments, backend = args
+    if not backward_in_triton(arguments[1], backend):
+        return ref.grouped_gemm_backward(*arguments)
+    from moekern.ops.grouped_gemm.backward import grouped_gemm_backward  # imports Triton
+
+    return grouped_gemm_backward(*arguments)
+
+
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None,
                    bias: Tensor | None, row_scale: Tensor | None, *rest: Any) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t, need in zip((x, weight, bias, row_scale), rest[-1], strict=True)
+            for t, need in zip((x, weight, bias, row_scale), rest[-2], strict=True)
             if need and t is not None]  # fmt: skip
 
 
@@ -195,8 +213,8 @@ _op._define(
     "_grouped_gemm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor offsets, Tensor? gather, Tensor? bias, Tensor? row_scale, "
     "str activation, bool gated, bool interleaved, bool transposed, float? limit, float alpha, float up_shift, "
-    "bool[] needs) -> Tensor[]",
-    ref.grouped_gemm_backward,
+    "bool[] needs, str? backend) -> Tensor[]",
+    _run_backward,
     _backward_fake,
 )
 
@@ -205,7 +223,9 @@ def _backward(saved: Any, grads: tuple[Tensor | None, ...]) -> dict[str, Tensor 
     if grads[0] is None:
         return {}
     needs = [name in saved["needs"] for name in _DIFFERENTIABLE]
-    found = torch.ops.moekern._grouped_gemm_backward(grads[0], *(saved[n] for n in SPEC.arguments), needs)
+    found = torch.ops.moekern._grouped_gemm_backward(
+        grads[0], *(saved[n] for n in SPEC.arguments), needs, saved.get("backend")
+    )
     return dict(zip((n for n, need in zip(_DIFFERENTIABLE, needs, strict=True) if need), found, strict=True))
 
 
