@@ -114,7 +114,8 @@ def _run_cpu(
     tiles = latent.shape[2] % 32 == 0 and nope_dim % 32 == 0 and w_kv_b.shape[0] // num_heads % 32 == 0
     kv = None
     if not (tiles and latent.dtype == torch.bfloat16 and _native.cpu_isa() == "amx"):
-        kv = torch.nn.functional.linear(latent, w_kv_b)
+        # Contiguous first: the order in which torch's GEMM sums depends on strides, and results are not to.
+        kv = torch.nn.functional.linear(latent.contiguous(), w_kv_b.contiguous())
     _cpu_leaf(latent, k_rope, w_kv_b, kv, k, v)
     return k, v
 
