@@ -62,6 +62,11 @@ def results_of(
     return values + [("model", bound[n]) for n in written]
 
 
+def op_results(spec: OpSpec, backend: str, arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """What the op returns in full: its public function may leave outputs out."""
+    return results_of(spec, lambda **a: _op.call(spec, backend, **spec.bind((), a)), arguments)
+
+
 def error_of(kind: str, got: Tensor, expected: Tensor) -> float:
     """RMS error relative to the RMS of what is expected; 0 or 1 for integers."""
     if kind == "exact":
@@ -75,7 +80,7 @@ def check(
     spec: OpSpec, backend: str, arguments: Mapping[str, Any], expected: Sequence[tuple[str, Tensor]]
 ) -> float:
     """The largest error of a backend. Raises WrongResult where it is too large."""
-    got = results_of(spec, lambda **a: _op.call(spec, backend, **spec.bind((), a)), arguments)
+    got = op_results(spec, backend, arguments)
     worst = 0.0
     for i, ((kind, value), (_, wanted)) in enumerate(zip(got, expected, strict=True)):
         if kind == "ids":  # what hangs on rounding shows in the weights

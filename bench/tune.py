@@ -175,7 +175,7 @@ def tune_choice(
     def call(values: Mapping[str, Any]) -> Any:
         return public(**values, backend=backend)
 
-    expected = gpu_bench.results_of(spec, lambda **a: public(**a, backend=backend), sets[0])
+    expected = gpu_bench.op_results(spec, backend, sets[0])
     failed: dict[Any, str] = {}
     timed: dict[Any, gpu_timing.Timed] = {}
     with intercepted() as overrides:

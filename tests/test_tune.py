@@ -47,9 +47,7 @@ def test_a_call_shows_its_choices_and_candidates_are_right(op: str) -> None:
     with torch.no_grad():
         asked = tune.recorded(one, "triton", arguments)
         assert asked, "no choose* function of a config*.py was asked"
-        expected = gpu_bench.results_of(
-            spec, lambda **a: getattr(tune.ops, op)(**a, backend="triton"), arguments
-        )
+        expected = gpu_bench.op_results(spec, "triton", arguments)
         for key, picked in asked.items():
             found = tune.to_try(*key, picked)
             assert 1 <= len(found) <= tune.MAX_CANDIDATES
