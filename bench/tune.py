@@ -139,7 +139,8 @@ def intercepted() -> Iterator[Overrides]:
 def as_json(value: Any) -> Any:
     """A configuration or an argument of `choose` as plain data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        values = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **values}  # a `choose` may pick among several classes
     if isinstance(value, (tuple, list)):
         return [as_json(v) for v in value]
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
