@@ -64,11 +64,11 @@ def choose(num_rows: int, num_experts: int, n: int, d: int, dtype_bytes: int, ga
     if dtype_bytes == 4:
         # No matrix instruction without TF32: FFMA reads both operands from shared memory, and 64 x 64 is what 4 warps
         # keep in registers beside the fragments.
-        return GroupedGemmConfig(16 if rows <= 12 else 64, 64, 32, num_warps=4, num_stages=3, group_m=8)
+        return GroupedGemmConfig(16 if rows <= 8 else 64, 64, 32, num_warps=4, num_stages=3, group_m=8)
     # Below some 200 rows per expert a weight is read from memory for longer than it is multiplied, so a row block is
     # to hold all rows of most experts: twice the average, for the weights come once per row block.
-    if rows <= 12:
-        return _few_rows(num_rows, num_experts, n, d, 16 if rows <= 6 else 32, gpu)
+    if rows <= 16:
+        return _few_rows(num_rows, num_experts, n, d, 16 if rows <= 8 else 32, gpu)
     if rows <= 40:
         # 64 x 128: two programs fit an SM (24 KiB a stage), so one multiplies while the other stores.
         return GroupedGemmConfig(64, 128, 64, num_warps=4, num_stages=4 if gpu.shared > 128 << 10 else 3,

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from moekern import _triton
 from moekern.ops.grouped_gemm.activation import ACTIVATIONS
 from moekern.ops.grouped_gemm.config import GroupedGemmConfig, choose, ring_bytes
 
-# E, N, D, gated: both products of DeepSeek-V2-Lite, Qwen3-30B-A3B, Mixtral on two GPUs, and of two wide sets of experts.
-LAYERS = [
-    (num_experts, n, d, gated)
-    for num_experts, width, f in ((64, 2048, 1408), (128, 2048, 768), (8, 4096, 7168), (64, 4096, 2048), (256, 4096, 256))
-    for n, d, gated in ((2 * f, width, True), (width, f, False))
-]  # fmt: skip
-ROWS = (1, 2, 6, 48, 96, 256, 384, 512, 1024, 1536, 3072, 6144, 12288, 24576, 49152, 131072, 524288)
+# Both products of expert layers, from few wide experts to many narrow ones, and of anything between.
+SHAPES = list(
+    itertools.product(
+        (1, 4, 8, 64, 128, 256, 512), (64, 512, 2048, 14336), (64, 512, 2048, 7168), (False, True)
+    )
+)
+ROWS = (1, 6, 48, 96, 256, 512, 1024, 2048, 6144, 24576, 131072, 524288)
+
+
+def specialisation(config: GroupedGemmConfig) -> GroupedGemmConfig:
+    """What of a configuration the kernel is compiled for: not how many splits there are, nor how many programs."""
+    return replace(config, split_k=min(config.split_k, 2), programs_per_sm=0)
 
 
 def configs(gpu: _triton.Gpu, dtype_bytes: int) -> dict[GroupedGemmConfig, bool]:
-    """Each configuration once, whatever its number of splits, and whether a gated product uses it."""
-    found: dict[tuple[Any, ...], tuple[GroupedGemmConfig, bool]] = {}
-    for num_experts, n, d, gated in LAYERS:
+    """Each specialisation once, and whether a gated product, the larger kernel, uses it."""
+    found: dict[GroupedGemmConfig, bool] = {}
+    for num_experts, n, d, gated in SHAPES:
         for num_rows in ROWS:
-            config = choose(num_rows, num_experts, n, d, dtype_bytes, gated, gpu)
-            key = (config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages, config.swap,
-                   config.split_k > 1, config.tma, config.group_m, gated)  # fmt: skip
-            found.setdefault(key, (config, gated))
-    kept: dict[GroupedGemmConfig, bool] = {}
-    for config, gated in found.values():  # gated, the larger kernel, stands for both
-        kept[config] = kept.get(config, False) or gated
-    return kept
+            key = specialisation(choose(num_rows, num_experts, n, d, dtype_bytes, gated, gpu))
+            found[key] = found.get(key, False) or gated
+    return found
 
 
 def forward_variant(kernel: Any, config: GroupedGemmConfig, dtype: str, gpu: _triton.Gpu, worst: bool, *, gated: bool,
