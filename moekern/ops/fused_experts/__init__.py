@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _native, _op
+from moekern import _native, _op, _triton
 from moekern._check import expect_dtype, expect_shape
 from moekern._op import Backend, Backward, OpSpec
 from moekern.ops.fused_experts import ref
@@ -148,6 +148,21 @@ def _supports_cpu(x: Tensor, **_: Any) -> str | None:
     return supports_cpu(x, SPEC.dtypes)
 
 
+def _run_triton(x: Tensor, weights: Tensor, ids: Tensor, b_gate_up: Tensor | None, b_down: Tensor | None,
+                **arguments: Any) -> Tensor:  # fmt: skip
+    from moekern.ops.fused_experts import (
+        triton,
+    )  # importing Triton takes 0.1 s, so it waits for the first call
+
+    b_gate_up, b_down = (None if b is None else rows_contiguous(b) for b in (b_gate_up, b_down))
+    return triton.run(rows_contiguous(x), weights=weights.contiguous(), ids=ids.contiguous(), b_gate_up=b_gate_up,
+                      b_down=b_down, **arguments)  # fmt: skip
+
+
+def _supports_triton(x: Tensor, **_: Any) -> str | None:
+    return _triton.refuses(x) or (None if x.dtype in SPEC.dtypes else f"dtype {x.dtype}")
+
+
 _DIFFERENTIABLE = ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")
 
 
@@ -230,6 +245,7 @@ SPEC = OpSpec(
     backends={
         "ref": Backend(ref.fused_experts),
         "cpu": Backend(_run_cpu, lambda: _native.reason_without("_fused_experts_cpu"), _supports_cpu),
+        "triton": Backend(_run_triton, _triton.unavailable, _supports_triton),
     },
     cases=CASES,
     outputs=("model",),
