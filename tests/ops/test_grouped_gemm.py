@@ -5,6 +5,7 @@ own GPU test."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,9 +47,12 @@ KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def few_sms(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_sms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A part with 3 SMs, so that a persistent grid goes round several times."""
     monkeypatch.setattr(_triton, "gpu_of", lambda device: replace(_triton.ASSUMED, num_sms=3))
+    triton._plan.cache_clear()
+    yield
+    triton._plan.cache_clear()
 
 
 def whole(generator: torch.Generator, *shape: int) -> Tensor:

@@ -7,7 +7,9 @@ E + 2. A tile is BLOCK_M rows of one segment times BLOCK_N product columns; when
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -264,6 +266,45 @@ def _weight_descriptor(weight: Tensor, config: GroupedGemmConfig, gated: bool, i
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What of a launch follows from shapes and options. epilogue: constants of both kernels; constants: of the first.
+    halves_aligned: whether the up columns of a transposed weight begin at a multiple of 16 bytes."""
+
+    config: GroupedGemmConfig
+    grid: tuple[int]
+    epilogue: dict[str, Any]
+    constants: dict[str, Any]
+    halves_aligned: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(num_rows: int, num_experts: int, width: int, d: int, dtype_bytes: int, activation: str, gated: bool,
+          interleaved: bool, transposed: bool, limit: float | None, alpha: float, up_shift: float, device: torch.device,
+          config: GroupedGemmConfig | None) -> _Plan:  # fmt: skip
+    """Kept, because it takes the host longer than the launch of a small kernel takes the GPU."""
+    gpu = _triton.gpu_of(device)
+    config = config or choose(num_rows, num_experts, width, d, dtype_bytes, gated, gpu)
+    parts = 2 if gated else 1
+    tiles = max_row_blocks(num_rows, num_experts, config.block_m) * cdiv(
+        width // parts, config.block_n // parts
+    )
+    programs = tiles * config.split_k
+    if config.programs_per_sm:
+        programs = min(programs, config.programs_per_sm * gpu.num_sms)
+    epilogue = {
+        "ACTIVATION": ACTIVATIONS.index(activation), "GATED": gated, "INTERLEAVED": interleaved, "LIMIT": limit,
+        "ALPHA": alpha, "UP_SHIFT": up_shift, "BLOCK_E": next_power_of_2(num_experts + 2),
+    }  # fmt: skip
+    constants = {
+        "TRANSPOSED": transposed, "SPLIT": config.split_k > 1, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap, "EVEN_K": d % config.block_k == 0,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    far = gated and not interleaved
+    return _Plan(config, (programs,), epilogue, constants, not far or width // 2 * dtype_bytes % 16 == 0)
+
+
 def run(
     x: Tensor,
     weight: Tensor,
@@ -294,50 +335,33 @@ def run(
 
     x and bias have contiguous rows, index tensors and row_scale are contiguous. Weights: the last dimension contiguous.
     """
-    num_rows = x.shape[0] if gather is None else gather.shape[0]
+    num_rows = (x if gather is None else gather).shape[0]
     num_experts, width = weight.shape[0], weight.shape[2 if transposed else 1]
     n_out = width // 2 if gated else width
-    d = x.shape[1]
     if out is None:
         out = x.new_empty((num_rows, n_out))
     if num_rows == 0 or n_out == 0:
         return out
-    gpu = _triton.gpu_of(x.device)
-    if config is None:
-        config = choose(num_rows, num_experts, width, d, x.element_size(), gated, gpu)
-    constants: dict[str, Any] = {
-        "ACTIVATION": ACTIVATIONS.index(activation), "GATED": gated, "INTERLEAVED": interleaved,
-        "TRANSPOSED": transposed, "LIMIT": limit, "ALPHA": alpha, "UP_SHIFT": up_shift,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-        "SWAP": config.swap, "EVEN_K": d % config.block_k == 0, "BLOCK_E": next_power_of_2(num_experts + 2),
-    }  # fmt: skip
-    out_n = config.block_n // 2 if gated else config.block_n
-    tiles = max_row_blocks(num_rows, num_experts, config.block_m) * cdiv(n_out, out_n) * config.split_k
-    programs = min(tiles, config.programs_per_sm * gpu.num_sms or tiles)
-    w_tma = (
-        config.tma
-        and _aligned(weight)
-        and (not gated or interleaved or not transposed or n_out * x.element_size() % 16 == 0)
-    )
+    plan = _plan(num_rows, num_experts, width, x.shape[1], x.element_size(), activation, gated, interleaved, transposed,
+                 limit, alpha, up_shift, x.device, config)  # fmt: skip
+    config = plan.config
     x_tma = config.tma and gather is None and _aligned(x)
+    w_tma = config.tma and _aligned(weight) and (plan.halves_aligned or not transposed)
     split = config.split_k > 1
     target = x.new_empty((config.split_k, num_rows, width), dtype=torch.float32) if split else out
+    stride_bias = 0 if bias is None else bias.stride(0)
     with _triton.guard(x):
-        _grouped_gemm_fwd_kernel[(programs,)](
+        _grouped_gemm_fwd_kernel[plan.grid](
             TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [config.block_m, config.block_k]) if x_tma else x,
             _weight_descriptor(weight, config, gated, interleaved, transposed) if w_tma else weight,
-            offsets, gather, scatter, bias, row_scale, target, num_rows, x.shape[0], out.shape[0], num_experts, n_out, d,
-            gather_div, config.split_k, x.stride(0), weight.stride(0), weight.stride(1),
-            0 if bias is None else bias.stride(0), out.stride(0),
-            X_TMA=x_tma, W_TMA=w_tma, SPLIT=split, **constants, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            offsets, gather, scatter, bias, row_scale, target, num_rows, x.shape[0], out.shape[0], num_experts, n_out,
+            x.shape[1], gather_div, config.split_k, x.stride(0), weight.stride(0), weight.stride(1), stride_bias,
+            out.stride(0), X_TMA=x_tma, W_TMA=w_tma, **plan.epilogue, **plan.constants,
         )  # fmt: skip
         if split:
-            names = ("ACTIVATION", "GATED", "INTERLEAVED", "LIMIT", "ALPHA", "UP_SHIFT", "BLOCK_E")
             _grouped_gemm_reduce_kernel[(num_rows, cdiv(n_out, REDUCE_COLUMNS))](
-                target, offsets, scatter, bias, row_scale, out, num_rows, out.shape[0], num_experts, n_out, config.split_k,
-                0 if bias is None else bias.stride(0), out.stride(0), **{n: constants[n] for n in names},
-                BLOCK_N=REDUCE_COLUMNS, num_warps=4,
+                target, offsets, scatter, bias, row_scale, out, num_rows, out.shape[0], num_experts, n_out,
+                config.split_k, stride_bias, out.stride(0), **plan.epilogue, BLOCK_N=REDUCE_COLUMNS, num_warps=4,
             )  # fmt: skip
     return out
 

@@ -180,7 +180,7 @@ def _grouped_gemm_reduce_kernel(
         g += tl.load(at, mask=ok, other=0.0)
         if GATED:
             u += tl.load(at + (1 if INTERLEAVED else n_out), mask=ok, other=0.0)
-        at += num_rows.to(tl.int64) * n
+        at += tl.cast(num_rows, tl.int64) * n
     rows = row + tl.arange(0, 1)
     finish_tile(g[None, :], u[None, :], col0, rows, (rows < num_rows) & (live | (scatter_ptr is None)), expert, live,
                 bias_ptr, row_scale_ptr, scatter_ptr, out_ptr, num_out_rows, n_out, stride_bias, stride_out, ACTIVATION,
