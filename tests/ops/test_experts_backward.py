@@ -18,6 +18,7 @@ from torch import Tensor
 from moekern import _op, _triton
 from moekern._op import Case, OpSpec
 from moekern.ops import SPECS
+from moekern.ops.fused_experts.cases import GPT_OSS, make_case
 
 pytestmark = [pytest.mark.skipif(_triton.unavailable() is not None, reason="no Triton")]
 if device_of("triton").type == "cuda":
@@ -143,6 +144,25 @@ def test_same_bits_on_every_run(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -
         assert same_bits(value, first[name]), name
     for name, value in before.items():
         assert same_bits(value, arguments[name]), f"{name} was changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pairs_of_no_expert(dtype: torch.dtype) -> None:
+    """Hostile ids beside biases and a token without any expert: gradients of 0, and nothing read for them."""
+    spec = SPECS["fused_experts"]
+    arguments = make_case(9, 4, 3, 40, 24, outside=True, bias=True, **GPT_OSS)(
+        torch.Generator().manual_seed(8), dtype, torch.device("cpu")
+    )
+    ids = arguments["ids"]
+    ids[4] = torch.tensor([2**62, -(2**63), 4])
+    ids[ids == 3] = 0  # an expert without rows
+    found = check(spec, spec.bind((), arguments), dtype)
+    outside = (ids < 0) | (ids >= 4)
+    assert not found["weights"][outside].any()
+    assert found["weights"][~outside].all()
+    assert not found["x"][4].any()
+    for name in ("w_gate_up", "w_down", "b_gate_up", "b_down"):
+        assert not found[name][3].any(), name
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
