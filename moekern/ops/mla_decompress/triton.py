@@ -196,6 +196,8 @@ def _variant(gpu: _triton.Gpu, config: MlaDecompressConfig, nope: int, rope: int
         every["w_kv_b"] = f"tensordesc<{dtype}[{config.block_columns},{config.block_rank}]>"
     known = [n for n, t in every.items() if t.startswith("*") or n in STRIDES]
     stage = (config.block_tokens + config.block_columns) * config.block_rank * (4 if dtype == "fp32" else 2)
+    # A loop of one step is no loop, and has no copies ahead of it.
+    loads = ("UTMALDG",) if tma else ("LDGSTS.128",) if rank > config.block_rank else ()
     return _triton.Variant(
         name=f"N{nope} P{rope} V{value}/{v_width} R{rank} {dtype} {config.block_tokens}x{config.block_columns}"
         f"x{config.block_rank}{' TMA' if tma else ''}{' odd k_rope' if odd_rope else ''}",
@@ -206,26 +208,27 @@ def _variant(gpu: _triton.Gpu, config: MlaDecompressConfig, nope: int, rope: int
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores="" if dtype == "fp32" else MATRIX[gpu.capability],
-        requires=("UTMALDG" if tma else "LDGSTS.128", "STG.128"),
-        min_shared=(config.num_stages - 1) * stage,
+        requires=(*loads, *(("STG.128",) if value % 8 == 0 else ())),
+        min_shared=(config.num_stages - 1) * stage if rank > config.block_rank else 0,
         worst=worst,
     )
 
 
-# N, P, V, width of v, R: DeepSeek with padded values, GLM-4.7-Flash, MiniCPM3.
+# N, P, V, width of v, R: DeepSeek with padded values, GLM-4.7-Flash, MiniCPM3; tiles of 32 and 16 columns, which only
+# models of tests have.
 SHAPES = ((128, 64, 128, 192, 512), (192, 64, 256, 256, 512), (64, 32, 64, 96, 256))
+TINY_SHAPES = ((32, 16, 32, 48, 64), (16, 8, 12, 24, 16))
 
 
 def aot_variants(gpu: _triton.Gpu) -> Iterator[_triton.Variant]:
     """Specialisations for the static gate: every configuration that `choose` returns, and what calls make of them."""
-    for shape in SHAPES:
+    for shape in SHAPES + TINY_SHAPES:
         nope, _, value, _, rank = shape
         for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
             calls = ((t, h) for t in (64, 128, 512, 4096) for h in (16, 40, 128))
             configs = dict.fromkeys(choose(t, 1, h, nope, value, rank, itemsize, gpu) for t, h in calls)
-            worst = dtype == "bf16" or (
-                dtype == "fp32" and shape != SHAPES[1]
-            )  # whose tiles are those of SHAPES[0]
+            # SHAPES[1] has the tiles of SHAPES[0] in fp32.
+            worst = shape in SHAPES and (dtype == "bf16" or (dtype == "fp32" and shape != SHAPES[1]))
             for config in configs:
                 yield _variant(gpu, config, *shape, dtype, worst, config.tma)
                 if config.tma:
