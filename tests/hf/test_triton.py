@@ -17,13 +17,20 @@ from torch import nn
 
 import moekern
 from moekern import _op, ops
-from moekern.hf import mla
+from moekern.hf import mla, router
 
-NEEDED = ("gate", "gate_topk", "fused_experts", "mla_decode", "mla_decompress")
-MISSING = [name for name in NEEDED if not available(ops.SPECS[name], "triton")]
+EXPERTS = ("gate_topk", "fused_experts")
+LATENT = (*EXPERTS, "mla_decode", "mla_decompress")
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if not available(ops.SPECS[name], "triton")]
+    return pytest.mark.skipif(bool(missing), reason=f"no Triton backend for {', '.join(missing)}")
+
+
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"no Triton backend for {', '.join(MISSING)}"),
     pytest.mark.skipif(device_of("triton").type == "cuda", reason="Triton compiles on this machine"),
+    needs(*EXPERTS),
 ]
 
 
@@ -31,6 +38,8 @@ pytestmark = [
 def calls(_some_backend: None, monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     """Forces Triton; counts (op, backend) of what is dispatched."""
     monkeypatch.setenv("MOEKERN_BACKEND", "triton")
+    if not available(ops.SPECS["gate"], "triton"):
+        monkeypatch.setattr(router, "MAX_GATE_TOKENS", 0)  # a linear layer and gate_topk
     counts: Counter[tuple[str, str]] = Counter()
     original = _op.select
 
@@ -43,31 +52,38 @@ def calls(_some_backend: None, monkeypatch: pytest.MonkeyPatch) -> Counter[tuple
     return counts
 
 
-def triton_calls(calls: Counter[tuple[str, str]]) -> set[str]:
-    return {name for name, backend in calls if backend == "triton"}
-
-
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("deepseek_v2", marks=needs(*LATENT)),
+        pytest.param("deepseek_v3", marks=needs(*LATENT)),
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+    ],
+)
 def test_same_tokens(name: str, calls: Counter[tuple[str, str]]) -> None:
-    model, ids = build(name), prompt(1, mla.MAX_DECODE_QUERIES + 2)
-    before, logits = generate(model, ids, 4), outputs(model, ids)
+    latent = name.startswith("deepseek")
+    model = build(name)
+    # The interpreter takes a second for an expert layer; only latent attention has another path for a longer prompt.
+    ids = prompt(1, mla.MAX_DECODE_QUERIES + 1 if latent else 4)
+    before = generate(model, ids, 3)
     report = moekern.patch(model)
     assert not report.skipped, report
     calls.clear()
-    torch.testing.assert_close(outputs(model, ids), logits, rtol=1e-4, atol=1e-4)
-    assert torch.equal(generate(model, ids, 4), before)
-    kinds = {entry.kind for entry in report.patched}
+    assert torch.equal(generate(model, ids, 3), before)
     assert {backend for _, backend in calls} == {"triton"}
-    assert "fused_experts" in triton_calls(calls)
-    assert {"gate", "gate_topk"} & triton_calls(calls)
-    assert ("mla" in kinds) == ({"mla_decode", "mla_decompress"} <= triton_calls(calls))
+    assert {"fused_experts", *(LATENT if latent else ())} - {"gate_topk"} <= {op for op, _ in calls}
+    assert {"gate", "gate_topk"} & {op for op, _ in calls}
     # Without this the tokens could be equal because they do not depend on the experts.
+    moekern.unpatch(model)
     for module in model.modules():
-        if hasattr(module, "down_proj") and getattr(module.down_proj, "ndim", 0) == 3:
+        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
             nn.init.zeros_(module.down_proj)
-    assert not torch.allclose(outputs(model, ids), logits, rtol=1e-2, atol=1e-2)
+    assert not torch.equal(generate(model, ids, 3), before)
 
 
+@needs(*LATENT)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_left_padding_and_a_static_cache(implementation: str) -> None:
     model, ids = build("deepseek_v3"), prompt(2, 9)
@@ -76,10 +92,11 @@ def test_left_padding_and_a_static_cache(implementation: str) -> None:
     mask[1, :5] = 0
     extra = {"attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
     before = generate(model, ids * mask, 3, **extra)
-    moekern.patch(model)
+    moekern.patch(model, experts=False, router=False)
     assert torch.equal(generate(model, ids * mask, 3, **extra), before)
 
 
+@needs(*LATENT)
 def test_chunks_on_a_prefix() -> None:
     """Several queries on a longer cache, in one mla_decode call and through mla_decompress."""
     from transformers import DynamicCache
@@ -87,7 +104,7 @@ def test_chunks_on_a_prefix() -> None:
     chunks = (3, 9, 2)
     model, ids = build("deepseek_v2"), prompt(2, sum(chunks))
     whole = outputs(model, ids)
-    moekern.patch(model)
+    moekern.patch(model, experts=False, router=False)
     cache = DynamicCache(config=model.config)
     parts = [outputs(model, part, past_key_values=cache, use_cache=True) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
