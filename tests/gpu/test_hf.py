@@ -102,6 +102,17 @@ def test_error_of_the_logits(name: str, dtype: torch.dtype) -> None:
     assert error() <= 1.25 * unpatched
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_padded_values_go_to_a_fused_kernel(masked: bool) -> None:
+    """DeepSeek's widths, 192 and 128: values padded to the keys' width never end in the kernel that stores the scores."""
+    latent, k_rope = (torch.randn(1, 64, n, device="cuda", dtype=torch.bfloat16) for n in (512, 64))
+    weight = torch.randn(16 * 256, 512, device="cuda", dtype=torch.bfloat16)
+    key, value = moekern.ops.mla_decompress(latent, k_rope, weight, 16, 128, v_width=192)
+    mask = torch.ones(1, 1, 64, 64, device="cuda", dtype=torch.bool).tril() if masked else None
+    choice = torch._fused_sdp_choice(key, key, value, attn_mask=mask, is_causal=not masked, scale=0.1)
+    assert choice != 0  # the math kernel
+
+
 def patched_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if "_moekern" in module.__dict__]
 

@@ -23,6 +23,9 @@ pytestmark = [
     *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
 ]
 NAN = float("nan")
+# Where the part has TMA; the interpreter pretends to.
+LOADS = [False, True] if _triton.gpu_of(DEVICE).capability >= 90 else [False]
+loads = pytest.mark.parametrize("tma", LOADS, ids=lambda tma: "tma" if tma else "pointers")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -71,14 +74,14 @@ def test_token_blocks_are_grouped_without_a_gap(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@loads
 def test_ways_to_load_agree(monkeypatch: pytest.MonkeyPatch, tma: bool, dtype: torch.dtype) -> None:
     """A rank that is no multiple of the step, parts that are no multiple of the tile."""
     use_config(monkeypatch, tma=tma, block_rank=32, block_columns=32)
     check_decompress(**decompress_inputs(2, 19, 2, rank=80, nope=48, value=40, dtype=dtype))
 
 
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@loads
 def test_nothing_beyond_the_slices_is_used(monkeypatch: pytest.MonkeyPatch, tma: bool) -> None:
     """Latents of a static cache, with NaN behind the tokens and behind the rank, in front and between the sequences."""
     use_config(monkeypatch, tma=tma)
