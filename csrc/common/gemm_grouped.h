@@ -228,7 +228,12 @@ struct GroupedGemm {
     alignas(64) float z[2 * kTile * kTile];
     for (int i = 0; i < 2; ++i) {
       const T* tail = steps < all_steps ? packed + i * kTile * kDepth : nullptr;
-      kTurnedRows[s.rows - 1](g[i].w, g[i].row, steps, tail, x + s.slot * k_padded(), next[i], z + 256 * i);
+      const T* from = x + s.slot * k_padded();
+      if (s.rows == 1) {
+        dot_rows(g[i].w, g[i].row, steps, tail, from, z + 256 * i);
+      } else {
+        kTurnedRows[s.rows - 2](g[i].w, g[i].row, steps, tail, from, next[i], z + 256 * i);
+      }
     }
     sink.panel(s, b, 0, s.rows, z);
   }
