@@ -94,6 +94,13 @@ def test_an_op_made_of_others_depends_on_their_kernels(tmp_path: Path) -> None:
     assert sources.source_hash("a", "cuda", tmp_path) is None
 
 
+def test_fused_experts_depends_on_the_kernels_it_launches() -> None:
+    names = {p.relative_to(ROOT / "moekern" / "ops").as_posix() for p in sources.sources_of("fused_experts", "triton")
+             if "ops" in p.parts}  # fmt: skip
+    for op in ("fused_experts", "grouped_gemm", "route", "combine"):
+        assert {f"{op}/triton.py", f"{op}/config.py"} <= names
+
+
 CASE = GpuCase("gate_topk", "E 64 K 8, T 1", {})
 KEY = ("gate_topk", "E 64 K 8, T 1", "triton")
 
